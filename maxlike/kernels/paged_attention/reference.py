@@ -1,0 +1,54 @@
+"""Ragged paged attention in plain numpy: slow, and simple enough to be believed by reading it."""
+
+import numpy as np
+
+
+def ragged_paged_attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    pages: np.ndarray,
+    cache_lengths: np.ndarray,
+    page_table: np.ndarray,
+    row_offsets: np.ndarray,
+    *,
+    first_page: int = 0,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The arguments of `maxlike.kernels.paged_attention.ragged_paged_attention`, as numpy arrays.
+
+    Returns the output as float32[T, N, H], not rounded to `q.dtype`, and a copy of `pages` with the step written.
+    """
+    n_heads, head_dim = q.shape[1:]
+    group = n_heads // k.shape[1]
+    page_size = pages.shape[2]
+    pages = pages.copy()
+    out = np.zeros(q.shape, np.float32)
+
+    for s in range(len(cache_lengths)):
+        begin, end = row_offsets[s], row_offsets[s + 1]
+
+        def place(position: int, s: int = s) -> tuple[int, int]:
+            return first_page + page_table[s, position // page_size], position % page_size
+
+        for token in range(begin, end):
+            row, slot = place(cache_lengths[s] + token - begin)
+            pages[row, :, slot, :head_dim] = k[token]
+            pages[row, :, slot, head_dim : 2 * head_dim] = v[token]
+
+        for token in range(begin, end):
+            position = cache_lengths[s] + token - begin
+            first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
+            seen = [pages[row, :, slot] for row, slot in map(place, range(first, position + 1))]
+            seen = np.stack(seen, axis=1).astype(np.float32)  # [K, positions, W]
+            for n in range(n_heads):
+                keys, values = seen[n // group, :, :head_dim], seen[n // group, :, head_dim : 2 * head_dim]
+                scores = scale * keys @ q[token, n].astype(np.float32)
+                if soft_cap is not None:
+                    scores = soft_cap * np.tanh(scores / soft_cap)
+                weights = np.exp(scores - scores.max())
+                out[token, n] = weights / weights.sum() @ values
+
+    return out, pages
