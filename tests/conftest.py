@@ -1,0 +1,34 @@
+"""What every test stands on, stated before jax loads: eight CPU devices, no network, a quiet libtpu."""
+
+import os
+
+# A platform named beforehand is kept: `JAX_PLATFORMS=cuda,cpu bash scripts/test.sh tests/kernels` uses a GPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Of a flag given twice XLA takes the last, so the suite has its eight devices whatever was set before.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+# libtpu compiles for machines that are not there. Without these it asks a metadata server what machine this
+# is, complains at length when none answers, and lets no second process load it.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-4")
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would need the network fails at once and says so
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests start subprocesses
+
+import hypothesis
+import jax
+import pytest
+
+# Compilation makes an example's first run slow and its next ones fast: a deadline would only measure that.
+hypothesis.settings.register_profile("maxlike", hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("maxlike")
+
+
+@pytest.fixture(scope="session")
+def devices() -> list[jax.Device]:
+    """The eight CPU devices, in order."""
+    found = jax.devices("cpu")
+    assert len(found) == 8, f"{len(found)} CPU devices and not 8: was jax used before tests/conftest.py?"
+    return found
