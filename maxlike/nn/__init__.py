@@ -1,0 +1,31 @@
+"""Layers: Flax NNX modules whose parameters carry their partition specs."""
+
+from maxlike.mesh import DeviceRef
+from maxlike.nn.attention import AttentionMetadata, AttentionWithRope
+from maxlike.nn.embedding import VocabParallelEmbedding
+from maxlike.nn.kv_cache import KVCacheParams, KVCacheStrategy
+from maxlike.nn.linear import ColumnParallelLinear, DistributedGemmConfig, RowParallelLinear
+from maxlike.nn.mlp import MLP
+from maxlike.nn.norm import OutputNorm, RMSNorm
+from maxlike.nn.rotary_embedding import LinearScaling, Llama3Scaling, RotaryEmbedding, YarnScaling
+from maxlike.nn.transformer import ReturnLogits
+
+__all__ = [
+    "MLP",
+    "AttentionMetadata",
+    "AttentionWithRope",
+    "ColumnParallelLinear",
+    "DeviceRef",
+    "DistributedGemmConfig",
+    "KVCacheParams",
+    "KVCacheStrategy",
+    "LinearScaling",
+    "Llama3Scaling",
+    "OutputNorm",
+    "RMSNorm",
+    "ReturnLogits",
+    "RotaryEmbedding",
+    "RowParallelLinear",
+    "VocabParallelEmbedding",
+    "YarnScaling",
+]

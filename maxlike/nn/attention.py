@@ -1,0 +1,118 @@
+"""Self-attention with rotary positions, over the KV cache or inside the ragged batch itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import P
+from jax.typing import DTypeLike
+
+from maxlike.kernels.ragged_attention import ragged_attention
+from maxlike.mesh import Devices, ShardingRules, as_mesh
+from maxlike.nn.kv_cache import PagedKVCacheCollection
+from maxlike.nn.linear import ColumnParallelLinear, RowParallelLinear
+from maxlike.nn.module import Module
+from maxlike.nn.norm import RMSNorm
+from maxlike.nn.rotary_embedding import RotaryEmbedding, apply_rotary
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["positions", "row_offsets", "freqs"], meta_fields=[])
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """What attention needs to know of a ragged batch; worked out once a step.
+
+    Args:
+        positions: `int32[T]`, each token's place in its sequence, the cached ones counted.
+        row_offsets: `int32[S + 1]`: tokens `[row_offsets[s], row_offsets[s + 1])` are sequence `s`.
+        freqs: cos and sin of the model's rope, both `float32[T, rotary_dim / 2]`.
+    """
+
+    positions: jax.Array
+    row_offsets: jax.Array
+    freqs: tuple[jax.Array, jax.Array]
+
+    @classmethod
+    def create(cls, n_tokens: int, row_offsets: jax.Array, cache_lengths: jax.Array | None,
+               rope: RotaryEmbedding) -> AttentionMetadata:
+        """For `n_tokens` tokens; `cache_lengths` is `int32[S]`, or `None` for no cache."""
+        token = jnp.arange(n_tokens, dtype=jnp.int32)
+        row = jnp.searchsorted(row_offsets[1:], token, side="right", method="compare_all")
+        row = jnp.minimum(row, row_offsets.shape[0] - 2)  # padding tokens: any row will do
+        positions = token - row_offsets[row]
+        if cache_lengths is not None:
+            positions = positions + cache_lengths[row]
+        return cls(positions, row_offsets, rope(positions))
+
+
+class AttentionWithRope(Module):
+    """Grouped-query attention (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245).
+
+    Query heads are sharded over the whole model axis, KV heads over as much of it as there are KV heads.
+
+    Args:
+        num_attention_heads, num_key_value_heads, hidden_size, head_dim: N, K, D and H.
+        rope: this layer's own; `None` uses the model's.
+        scale: of the scores; `None` is `head_dim ** -0.5`.
+        has_bias: on the query, key and value products. `has_output_bias`: on the output product.
+        qk_norm_eps: an RMS norm over each query and key head, before the rope (Qwen 3, Gemma 3); `None`: none.
+        qk_norm_offset: that norm's `weight_offset`.
+        sliding_window: a token sees itself and the `sliding_window - 1` tokens before it; `None`: all.
+        logit_soft_cap: scores become `cap * tanh(score / cap)`; `None`: they stay.
+    """
+
+    def __init__(self, num_attention_heads: int, num_key_value_heads: int, hidden_size: int, head_dim: int,
+                 dtype: DTypeLike, devices: Devices, *, rngs: nnx.Rngs, rope: RotaryEmbedding | None = None,
+                 scale: float | None = None, has_bias: bool = False, has_output_bias: bool = False,
+                 qk_norm_eps: float | None = None, qk_norm_offset: float = 0.0, sliding_window: int | None = None,
+                 logit_soft_cap: float | None = None, rules: ShardingRules = ShardingRules()):
+        if num_attention_heads % num_key_value_heads:
+            raise ValueError(f"{num_attention_heads} query heads cannot share {num_key_value_heads} KV heads evenly.")
+        if sliding_window is not None and sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1, or None for all tokens; got {sliding_window}.")
+        mesh = as_mesh(devices, n_heads=num_attention_heads, n_kv_heads=num_key_value_heads)
+        self.n_heads, self.n_kv_heads, self.head_dim = num_attention_heads, num_key_value_heads, head_dim
+        self.rope, self.sliding_window, self.logit_soft_cap = rope, sliding_window, logit_soft_cap
+        self.scale = head_dim ** -0.5 if scale is None else scale
+        q_size, kv_size = num_attention_heads * head_dim, num_key_value_heads * head_dim
+        # Sharding the flat dimension must not cut a head in two: it is the number of heads that has to divide.
+        self.q_axes = rules.sharding(mesh, (num_attention_heads,), "heads").spec[0]
+        self.kv_axes = rules.sharding(mesh, (num_key_value_heads,), "kv_heads").spec[0]
+        column = partial(ColumnParallelLinear, hidden_size, dtype=dtype, devices=mesh, rngs=rngs, has_bias=has_bias,
+                         rules=rules)
+        self.q_proj = column(q_size, out_axis="heads")
+        self.k_proj = column(kv_size, out_axis="kv_heads")
+        self.v_proj = column(kv_size, out_axis="kv_heads")
+        self.o_proj = RowParallelLinear(q_size, hidden_size, dtype, mesh, rngs=rngs, has_bias=has_output_bias,
+                                        in_axis="heads", rules=rules)
+        norm = partial(RMSNorm, head_dim, dtype, mesh, rngs=rngs, weight_offset=qk_norm_offset, rules=rules)
+        self.q_norm = None if qk_norm_eps is None else norm(eps=qk_norm_eps)
+        self.k_norm = None if qk_norm_eps is None else norm(eps=qk_norm_eps)
+
+    def __call__(self, x: jax.Array, layer_index: jax.Array | int, kv_collection: PagedKVCacheCollection | None,
+                 metadata: AttentionMetadata) -> tuple[jax.Array, PagedKVCacheCollection | None]:
+        """`[T, D] -> [T, D]`, and the collection with this step's keys and values in it.
+
+        Without a collection, tokens attend to those of their own sequence in this batch.
+        """
+        tokens = x.shape[0]
+        q = jnp.reshape(self.q_proj(x), (tokens, self.n_heads, self.head_dim),
+                        out_sharding=P(None, self.q_axes, None))  # [T, N, H]
+        k, v = (jnp.reshape(y, (tokens, self.n_kv_heads, self.head_dim), out_sharding=P(None, self.kv_axes, None))
+                for y in (self.k_proj(x), self.v_proj(x)))  # [T, K, H]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        cos, sin = metadata.freqs if self.rope is None else self.rope(metadata.positions)
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        if kv_collection is None:
+            out = ragged_attention(q, k, v, metadata.row_offsets, scale=self.scale,
+                                   sliding_window=self.sliding_window, soft_cap=self.logit_soft_cap)
+        else:
+            out, kv_collection = kv_collection.attend(
+                q, k, v, layer_index, metadata.row_offsets, scale=self.scale,
+                sliding_window=self.sliding_window, soft_cap=self.logit_soft_cap)
+        out = jnp.reshape(out, (tokens, self.n_heads * self.head_dim), out_sharding=P(None, self.q_axes))
+        return self.o_proj(out), kv_collection

@@ -1,0 +1,38 @@
+"""Token embedding, the table cut over the vocabulary."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import P
+from jax.typing import DTypeLike
+
+from maxlike.mesh import Devices, ShardingRules, as_mesh
+from maxlike.nn.module import Module, create_param
+
+
+class VocabParallelEmbedding(Module):
+    """`int32[T] -> [T, hidden_dim]`, replicated; each device looks up the rows that it holds.
+
+    The table is padded to a multiple of the shards; no id reaches the padding. `scale` multiplies the rows,
+    rounded to `dtype` first (Gemma's `sqrt(hidden_dim)`). Ids outside the vocabulary are clipped into it here,
+    where nothing can be raised; `DistributedTransformer` refuses them when it is given numbers to look at.
+    """
+
+    def __init__(self, vocab_size: int, hidden_dim: int, dtype: DTypeLike, devices: Devices, *, rngs: nnx.Rngs,
+                 scale: float | None = None, rules: ShardingRules = ShardingRules()):
+        mesh = as_mesh(devices)
+        self.vocab_size, self.scale = vocab_size, scale
+        shards = rules.shards(mesh, "vocab")
+        rows = -(-vocab_size // shards) * shards
+        self.weight = create_param(jax.nn.initializers.normal(0.02), rngs, (rows, hidden_dim), dtype,
+                                   rules.sharding(mesh, (rows, hidden_dim), "vocab", None),
+                                   logical_shape=(vocab_size, hidden_dim))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """`int32[T] -> [T, hidden_dim]` in the weight's dtype."""
+        weight = self.weight.get_value()
+        ids = jnp.clip(tokens, 0, self.vocab_size - 1)
+        x = weight.at[ids].get(mode="promise_in_bounds", out_sharding=P(None, None))
+        return x if self.scale is None else x * jnp.asarray(self.scale, x.dtype)

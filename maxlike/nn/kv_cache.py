@@ -1,0 +1,203 @@
+"""The KV cache: one flat array of pages for all layers, and the two ways to hand out its pages.
+
+Keys and values of all layers live in one array `[layers * pages, kv_heads, page_size, lanes]`, a token's key in
+lanes `[0, head_dim)` and its value in `[head_dim, 2 * head_dim)`; page `p` of layer `i` is row `i * pages + p`.
+`KVCacheParams.shape` is the only place that states it. The array is carried through the layers and aliased
+through the kernel, so a step moves none of it but the tokens that it writes (why this layout: README).
+
+A *collection* is the cache during one step: attention asks it to attend, and gets back the collection with this
+step's keys and values in it. Paged and continuous batching differ in how a sequence's pages are found, and in
+nothing else.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
+
+from maxlike.kernels.paged_attention import ragged_paged_attention
+from maxlike.mesh import Devices, ShardingRules, as_mesh
+
+TPU_LANES = 128
+
+
+class KVCacheStrategy(enum.StrEnum):
+    """How a sequence's pages are laid out in the pool."""
+
+    PAGED = "paged"
+    """Any pages, in any order, listed in a page table."""
+    CONTINUOUS = "continuous"
+    """One slot of `max_seq_len` tokens a sequence: consecutive pages, of which the table names the first."""
+
+
+@dataclass(frozen=True)
+class KVCacheParams:
+    """The cache's measures; all bytes and shapes are worked out here.
+
+    Args:
+        dtype: of the stored keys and values.
+        n_kv_heads, head_dim, n_layers: of the model.
+        page_size: tokens a page.
+        cache_strategy: see `KVCacheStrategy`.
+        max_seq_len: tokens a slot holds; needed by, and only by, `CONTINUOUS`.
+    """
+
+    dtype: DTypeLike
+    n_kv_heads: int
+    head_dim: int
+    n_layers: int
+    page_size: int = 64
+    cache_strategy: KVCacheStrategy = KVCacheStrategy.PAGED
+    max_seq_len: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("n_kv_heads", "head_dim", "n_layers", "page_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"KVCacheParams.{name} must be at least 1; got {getattr(self, name)}.")
+        if (self.cache_strategy == KVCacheStrategy.CONTINUOUS) != (self.max_seq_len is not None):
+            raise ValueError(f"max_seq_len belongs to the continuous strategy, and it needs it; got max_seq_len="
+                             f"{self.max_seq_len} with {self.cache_strategy.value!r}.")
+
+    def shape(self, n_pages: int, platform: str) -> tuple[int, int, int, int]:
+        """The cache array's shape for `n_pages` pages a layer on `platform` (`"cpu"`, `"gpu"`, `"tpu"`).
+
+        On TPU a token's lanes are padded to a multiple of 128, the width of a register.
+        """
+        lanes = 2 * self.head_dim
+        if platform == "tpu":
+            lanes = -(-lanes // TPU_LANES) * TPU_LANES
+        return self.n_layers * n_pages, self.n_kv_heads, self.page_size, lanes
+
+    def sharding(self, devices: Devices, rules: ShardingRules = ShardingRules()) -> NamedSharding:
+        """The cache array's sharding: cut over KV heads alone."""
+        return rules.sharding(as_mesh(devices), self.shape(1, "cpu"), None, "kv_heads", None, None)
+
+    def allocate(self, n_pages: int, devices: Devices, rules: ShardingRules = ShardingRules()) -> jax.Array:
+        """A cache of zeros, `n_pages` pages a layer, each device making its own shard."""
+        mesh = as_mesh(devices)
+        shape = self.shape(n_pages, mesh_platform(mesh))
+        return jax.jit(partial(jnp.zeros, shape, self.dtype), out_shardings=self.sharding(mesh, rules))()
+
+    def bytes_per_page(self, devices: Devices, rules: ShardingRules = ShardingRules()) -> int:
+        """Bytes that one page of all layers takes on each device, lane padding counted."""
+        mesh = as_mesh(devices)
+        elements = np.prod(self.shape(1, mesh_platform(mesh)), dtype=np.int64)
+        return int(elements) * jnp.dtype(self.dtype).itemsize // rules.shards(mesh, "kv_heads")
+
+    def pages_within(self, budget: int, devices: Devices, rules: ShardingRules = ShardingRules()) -> int:
+        """How many pages a layer fit `budget` bytes a device."""
+        return budget // self.bytes_per_page(devices, rules)
+
+    def pages_for(self, n_tokens: int) -> int:
+        """Pages that a sequence of `n_tokens` tokens takes."""
+        return -(-n_tokens // self.page_size)
+
+
+def mesh_platform(mesh: Mesh) -> str:
+    """`"cpu"`, `"gpu"` or `"tpu"`: what the mesh's devices are, whether or not they are here."""
+    return mesh.devices.flat[0].platform
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["pages", "cache_lengths", "page_table"],
+         meta_fields=["params"])
+@dataclass(frozen=True)
+class PagedKVCacheCollection:
+    """The cache during one step.
+
+    Args:
+        pages: the cache array, `params.shape(n_pages)`, sharded over KV heads.
+        cache_lengths: `int32[S]`, tokens of each sequence in the cache before this step.
+        page_table: `int32[S, M]`: token `t` of sequence `s` lies in page `page_table[s, t // page_size]`.
+        params: the cache's measures.
+    """
+
+    pages: jax.Array
+    cache_lengths: jax.Array
+    page_table: jax.Array
+    params: KVCacheParams
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, layer_index: jax.Array | int,
+               row_offsets: jax.Array, *, scale: float, sliding_window: int | None = None,
+               soft_cap: float | None = None) -> tuple[jax.Array, PagedKVCacheCollection]:
+        """Writes this step's `k` and `v` `[T, K, H]` to layer `layer_index` and attends over them with `q` `[T, N, H]`.
+
+        Returns:
+            The output `[T, N, H]` and the collection to go on with.
+        """
+        out, pages = ragged_paged_attention(
+            q, k, v, self.pages, self.cache_lengths, self.page_table, row_offsets,
+            first_page=layer_index * (self.pages.shape[0] // self.params.n_layers),
+            scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
+        return out, replace(self, pages=pages)
+
+
+class ContinuousBatchingKVCacheCollection(PagedKVCacheCollection):
+    """The same cache during one step, its page table worked out from each sequence's slot."""
+
+
+jax.tree_util.register_dataclass(ContinuousBatchingKVCacheCollection,
+                                 data_fields=["pages", "cache_lengths", "page_table"], meta_fields=["params"])
+
+
+def _check(params: KVCacheParams, pages: jax.Array, cache_lengths: jax.Array, page_table: jax.Array) -> None:
+    expected = params.shape(pages.shape[0] // params.n_layers, "cpu")
+    if (pages.ndim != 4 or pages.shape[:3] != expected[:3] or pages.shape[3] < expected[3]
+            or pages.dtype != jnp.dtype(params.dtype)):
+        raise ValueError(f"The cache has shape {pages.shape} and dtype {pages.dtype}; {params} means {expected} "
+                         f"(the first a multiple of n_layers, the last possibly padded). Make it with "
+                         "KVCacheParams.allocate.")
+    if cache_lengths.ndim != 1 or page_table.ndim != 2 or len(cache_lengths) != len(page_table):
+        raise ValueError(f"cache_lengths must be int32[S] and page_table int32[S, M]; got shapes "
+                         f"{cache_lengths.shape} and {page_table.shape}.")
+
+
+@dataclass(frozen=True)
+class FetchPagedKVCacheCollection:
+    """`(pages, cache_lengths int32[S], page_table int32[S, M]) -> PagedKVCacheCollection`."""
+
+    kv_params: KVCacheParams
+
+    def __call__(self, pages: jax.Array, cache_lengths: jax.Array, page_table: jax.Array) -> PagedKVCacheCollection:
+        """The cache for one step.
+
+        Raises:
+            ValueError: shapes or dtypes do not fit `kv_params`.
+        """
+        cache_lengths, page_table = jnp.asarray(cache_lengths, jnp.int32), jnp.asarray(page_table, jnp.int32)
+        _check(self.kv_params, pages, cache_lengths, page_table)
+        return PagedKVCacheCollection(pages, cache_lengths, page_table, self.kv_params)
+
+
+@dataclass(frozen=True)
+class FetchContinuousBatchingKVCacheCollection:
+    """As its paged twin, but of `page_table` only column 0 is read: the first page of the sequence's slot.
+
+    A slot is `ceil(max_seq_len / page_size)` consecutive pages; slot `i` usually begins at page `i` times that.
+    """
+
+    kv_params: KVCacheParams
+
+    def __post_init__(self) -> None:
+        if self.kv_params.cache_strategy != KVCacheStrategy.CONTINUOUS:
+            raise ValueError("FetchContinuousBatchingKVCacheCollection needs KVCacheParams with "
+                             f"cache_strategy='continuous'; got {self.kv_params.cache_strategy.value!r}.")
+
+    def __call__(self, pages: jax.Array, cache_lengths: jax.Array,
+                 page_table: jax.Array) -> ContinuousBatchingKVCacheCollection:
+        """The cache for one step.
+
+        Raises:
+            ValueError: shapes or dtypes do not fit `kv_params`.
+        """
+        cache_lengths, page_table = jnp.asarray(cache_lengths, jnp.int32), jnp.asarray(page_table, jnp.int32)
+        _check(self.kv_params, pages, cache_lengths, page_table)
+        assert self.kv_params.max_seq_len is not None
+        slot = page_table[:, :1] + jnp.arange(self.kv_params.pages_for(self.kv_params.max_seq_len), dtype=jnp.int32)
+        return ContinuousBatchingKVCacheCollection(pages, cache_lengths, slot, self.kv_params)

@@ -1,0 +1,47 @@
+"""What every layer here shares: parameters created in place on the mesh, and specs read back from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import P
+from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
+
+Initializer = Callable[..., jax.Array]
+
+
+class Module(nnx.Module):
+    """An `nnx.Module` that can say how its parameters are sharded (the `ShardableCallable` contract)."""
+
+    def partition_specs(self) -> dict[str, P]:
+        """Dotted parameter path -> `PartitionSpec`, e.g. `{"weight": P("model", None)}`."""
+        return {".".join(map(str, path)): variable.get_value().sharding.spec
+                for path, variable in nnx.to_flat_state(nnx.state(self, nnx.Param))}
+
+
+def create_param(init: Initializer, rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike,
+                 sharding: NamedSharding, *, logical_shape: tuple[int, ...] | None = None) -> nnx.Param:
+    """A parameter of `shape`, each device making its own shard.
+
+    Works eagerly and under `jax.eval_shape`; in both the value's type carries `sharding.spec`.
+
+    Args:
+        init: called with `(key, shape, dtype)`, as in `jax.nn.initializers`.
+        logical_shape: the shape in checkpoints, when `shape` is padded; what lies outside it is zero.
+    """
+    logical_shape = logical_shape or shape
+    make = jax.jit(_make, static_argnums=(1, 2, 3, 4, 5), out_shardings=sharding)
+    value = make(rngs.params(), init, shape, jnp.dtype(dtype), sharding, logical_shape)
+    return nnx.Param(value, logical_shape=logical_shape)
+
+
+def _make(key: jax.Array, init: Initializer, shape: tuple[int, ...], dtype: DTypeLike, sharding: NamedSharding,
+          logical_shape: tuple[int, ...]) -> jax.Array:
+    with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
+        value = init(key, logical_shape, dtype)
+        value = jnp.pad(value, [(0, full - part) for full, part in zip(shape, logical_shape, strict=True)])
+        return jax.reshard(value, sharding.spec)
