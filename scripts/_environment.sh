@@ -39,7 +39,7 @@ find_python() {
     incomplete=$candidate
   done
   if [ -n "$incomplete" ]; then
-    fail "$incomplete cannot make virtual environments: on Debian and Ubuntu, 'apt install python3-venv' adds what it lacks"
+    fail "$incomplete cannot make a virtual environment: on Debian and Ubuntu, 'apt install python3-venv' helps"
   fi
   fail "no Python 3.11 or newer found (looked for: $*): install one, or name it, as in PYTHON=/path/to/python3"
 }
@@ -65,10 +65,11 @@ prepare_environment() {
   [ "$installed" != "$wanted" ] || return 0
 
   rm -f "$stamp"
-  say "installing maxlike${extras:+[${extras// /,}]} into .venv; the first time this takes some minutes"
+  local package=".${extras:+[${extras// /,}]}"
+  say "installing maxlike${package#.} into .venv; the first time this takes some minutes"
   "$python" -c 'import pip' 2>/dev/null || "$python" -m ensurepip >/dev/null  # a .venv begun but not finished, or uv's
   # -qq: errors only. Some machines' settings make pip warn at length.
-  (cd "$root" && "$python" -m pip install -qq --no-input --disable-pip-version-check -e ".${extras:+[${extras// /,}]}") >&2 ||
-    fail "the installation failed, for the reason pip gives above; it needs the network (a package index), so try again with one"
+  (cd "$root" && "$python" -m pip install -qq --no-input --disable-pip-version-check -e "$package") >&2 ||
+    fail "the installation failed; pip says why above. It downloads packages: without a network, connect and run this again"
   echo "$wanted" >"$stamp"
 }
