@@ -25,8 +25,8 @@ _PATIENCE = 10.0  # seconds for the hub to answer, before the local cache is all
 def resolve(model: str | os.PathLike[str], *, revision: str | None = None) -> Path:
     """The folder of `model`: an existing folder as it is, else the local copy of a hub id ("org/name").
 
-    What is missing from the local cache is downloaded: config, tokenizer, chat template and `*.safetensors`, at
-    `revision` (branch, tag or commit; "main" by default). When the hub cannot be reached, the cache must do.
+    What is missing from the local cache is downloaded: config, tokenizer, chat template and `*.safetensors`,
+    at `revision` (branch, tag or commit; "main" by default). When the hub cannot be reached, the cache must do.
 
     Raises `ValueError` when there is no such folder, or the hub has no such model, withholds it, or cannot be
     reached and the model is not in the cache.
@@ -58,13 +58,11 @@ def _fetch(name: str, revision: str | None) -> Path:
     failures = (errors.HTTPError, OSError)
     unreachable = None
     try:
-        # `snapshot_download` sets no time limit on its first request: a firewall that swallows packets would hold
-        # it for minutes. This request has one.
+        # `snapshot_download` sets no time limit on its first request: a firewall that swallows packets would
+        # hold it for minutes. This request has one.
         hub.HfApi().model_info(name, revision=revision, timeout=_PATIENCE)
     except errors.HFValidationError as error:
-        raise ValueError(
-            f"{name!r} is neither an existing folder nor a hub id like 'org/name': {error}"
-        ) from error
+        raise ValueError(f"{name!r} is neither an existing folder nor a hub id like 'org/name': {error}") from error
     except errors.HfHubHTTPError:
         pass  # the hub is there; what it answers counts below, where the cache may still help
     except failures as error:
@@ -90,8 +88,8 @@ def _fetch(name: str, revision: str | None) -> Path:
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise ValueError(
-            f"there is no folder {name!r}, and {what} is not, or not wholly, in the local cache of the hub, which "
-            f"could not be reached ({_line(unreachable or error)}): go online, or give the folder of a local copy"
+            f"there is no folder {name!r}; the hub could not be reached ({_line(unreachable or error)}), and "
+            f"{what} is not, or not wholly, in its local cache: go online, or give the folder of a local copy"
         ) from error
     except failures as error:
         raise ValueError(

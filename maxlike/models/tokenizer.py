@@ -67,9 +67,7 @@ class Tokenizer:
         tokenizer.add_special_tokens([text for text in plain if tokenizer.token_to_id(text) is not None])
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
-        self.vocab_size: int = max(
-            [tokenizer.get_vocab_size(with_added_tokens=False), *(id + 1 for id in added)]
-        )
+        self.vocab_size: int = max([tokenizer.get_vocab_size(with_added_tokens=False), *(id + 1 for id in added)])
 
         self.bos_token, self.bos_token_id = self._lookup("bos_token")
         self.eos_token, self.eos_token_id = self._lookup("eos_token")
@@ -121,9 +119,7 @@ class Tokenizer:
         except TypeError as error:
             if not isinstance(text, str):
                 raise
-            raise ValueError(
-                f"{text[:80]!r} holds half a surrogate pair, which no token stands for"
-            ) from error
+            raise ValueError(f"{text[:80]!r} holds half a surrogate pair, which no token stands for") from error
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises `ValueError` for unknown ids."""
@@ -166,12 +162,8 @@ class Tokenizer:
         if name not in self.chat_templates:
             others = f" named 'default', only {sorted(self.chat_templates)}" if self.chat_templates else ""
             raise ValueError(f"{self._source} has no chat template{others}: give the prompt as plain text")
-        if not messages or not all(
-            isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages
-        ):
-            raise ValueError(
-                f"expected messages like {{'role': 'user', 'content': 'Hello'}}, got {messages!r:.200}"
-            )
+        if not messages or not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
+            raise ValueError(f"expected messages like {{'role': 'user', 'content': 'Hello'}}, got {messages!r:.200}")
         given = {
             "messages": [{key: value for key, value in m.items() if value is not None} for m in messages],
             "tools": None if tools is None else list(tools),
@@ -182,9 +174,7 @@ class Tokenizer:
         try:
             given = json.loads(json.dumps(given))
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(
-                f"messages, tools and template variables must be JSON values: {error}"
-            ) from error
+            raise ValueError(f"messages, tools and template variables must be JSON values: {error}") from error
         try:
             if name not in self._compiled:
                 self._compiled[name] = _environment().from_string(self.chat_templates[name])
@@ -224,32 +214,50 @@ class TextStream:
         self._window: list[int] = []  # the ids decoded together: context, then those not given out yet
         self._context = 0  # how many are context: what a token says depends on whether one stands before it
         self._given = 0  # how many characters of the window's text have been given out
+        self._recent: list[str] = []  # the window's text at the last three pushes
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes, often empty. Raises `ValueError` for an unknown id."""
         if token_id in self._skipped:
             return ""
         window = [*self._window, token_id]
-        text = self._decode(window)
-        # Characters whose bytes are not all there yet decode to U+FFFD. No character has more than four
-        # bytes: after five tokens the earlier ones are final, and only the last can still change.
-        final = text.rstrip("\ufffd") if len(window) - self._context <= 4 else text.removesuffix("\ufffd")
-        self._window = window
+        text = final = self._decode(window)
+        complete = not text.endswith("\ufffd")
+        if not complete:
+            # Perhaps a character whose bytes are not all there yet; until they are, the bytes before it may
+            # decode to U+FFFD as well. No character has more than four: what the text has begun with for
+            # four pushes will not change.
+            final = text.rstrip("\ufffd")
+            if len(self._recent) == 3:
+                final = max(final, _common_start([text, *self._recent]), key=len)
         piece = final[self._given :]
-        if piece:
+        self._window = window
+        self._given = max(self._given, len(final))
+        self._recent = [*self._recent[-2:], text]
+        if complete and piece:
             self._window = window[self._context :]
             self._context = len(self._window)
-            self._given = len(self._decode(self._window)) - (len(text) - len(final))
+            self._given = len(self._decode(self._window))
+            self._recent = []
         return piece
 
     def flush(self) -> str:
         """The text held back so far; the stream then begins anew."""
         rest = self._decode(self._window)[self._given :]
-        self._window, self._context, self._given = [], 0, 0
+        self._window, self._context, self._given, self._recent = [], 0, 0, []
         return rest
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _common_start(texts: list[str]) -> str:
+    n = 0
+    for characters in zip(*texts, strict=False):
+        if len(set(characters)) > 1:
+            break
+        n += 1
+    return texts[0][:n]
 
 
 class _GenerationBlock(jinja2.ext.Extension):
@@ -270,9 +278,7 @@ class _Namespace(jinja2.utils.Namespace):
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(
-                f"a namespace takes no name with a leading underscore: {name}"
-            )
+            raise jinja2.exceptions.SecurityError(f"a namespace takes no name with a leading underscore: {name}")
         super().__setitem__(name, value)
 
 
@@ -295,9 +301,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes for HTML.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _strftime_now(format: str) -> str:
