@@ -19,7 +19,7 @@ _WANTED = (
 # The same weights a second time: in a subfolder for other programs, or under their maker's own names.
 _UNWANTED = ("*/*.safetensors", "consolidated*.safetensors")
 
-_PATIENCE = 10.0  # seconds for the hub to answer, before the local cache is all there is
+_PATIENCE = 5.0  # seconds for the hub to answer (each of its addresses); then the local cache must do
 
 
 def resolve(model: str | os.PathLike[str], *, revision: str | None = None) -> Path:
