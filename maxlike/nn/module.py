@@ -19,7 +19,7 @@ class Module(nnx.Module):
 
     def partition_specs(self) -> dict[str, P]:
         """Dotted parameter path -> `PartitionSpec`, e.g. `{"weight": P("model", None)}`."""
-        return {".".join(map(str, path)): variable.get_value().sharding.spec
+        return {".".join(map(str, path)): jax.typeof(variable.get_value()).sharding.spec
                 for path, variable in nnx.to_flat_state(nnx.state(self, nnx.Param))}
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import P
+from jax.sharding import Mesh
 
 from maxlike.mesh import Devices, as_mesh, distribute_value
 from maxlike.nn.attention import AttentionMetadata
@@ -249,9 +250,9 @@ def check_mesh(module: nnx.Module, devices: Devices) -> None:
     Raises:
         ValueError: a parameter lies elsewhere; names it and both meshes.
     """
-    mesh = devices if hasattr(devices, "abstract_mesh") else None
+    mesh: Any = devices if isinstance(devices, Mesh) else None
     for path, param in nnx.to_flat_state(nnx.state(module, nnx.Param)):
-        its = param.get_value().sharding.mesh
+        its = jax.typeof(param.get_value()).sharding.mesh
         mesh = mesh or its
         if its.axis_names != mesh.axis_names or its.axis_sizes != mesh.axis_sizes:
             raise ValueError(f"Parameter {'.'.join(map(str, path))} was built on mesh {dict(its.shape)}, the model on "

@@ -5,7 +5,7 @@ of labels is cut into the fewest scans: a run of one group (`A A A A`), or a pat
 period at a time (Gemma 3: `L L L L L G` five times over, and a tail of `L L`). Layers named in no group are
 called directly.
 
-Stacked parameters exist only inside a model. `layer_parameters` is the way back to one name a layer, which is what
+Stacked parameters exist only inside a model. `named_parameters` is the way back to one name a layer, which is what
 checkpoints speak.
 """
 
@@ -161,7 +161,7 @@ def make_segments(layers: Sequence[nnx.Module], groups: Groups | None, use_subgr
 def first_difference(a: Any, b: Any, path: str = "layer") -> str | None:
     """What keeps two layers from being scanned together, `"path (this, that)"`; `None` if nothing does."""
     if isinstance(a, nnx.Variable) and isinstance(b, nnx.Variable):
-        one, other = (f"{v.get_value().dtype}{list(v.get_value().shape)} {v.get_value().sharding.spec}" for v in (a, b))
+        one, other = (jax.typeof(v.get_value()) for v in (a, b))
         return None if one == other else f"{path} ({one}, {other})"
     if type(a) is not type(b):
         return f"{path} ({type(a).__name__}, {type(b).__name__})"
@@ -181,10 +181,17 @@ def first_difference(a: Any, b: Any, path: str = "layer") -> str | None:
     return None
 
 
-def layer_parameters(segments: Sequence[Segment]) -> Iterator[tuple[list[int], str, bool, nnx.Param]]:
-    """Every parameter of the segments: (layers it holds, dotted path within a layer, whether stacked, itself)."""
-    for segment in segments:
-        for position, layer in enumerate(segment.layers):
-            for path, param in nnx.to_flat_state(nnx.state(layer, nnx.Param)):
-                yield (segment.layer_indices(position), ".".join(map(str, path)),
-                       isinstance(segment, ScannedSegment), param)
+def named_parameters(model: nnx.Module) -> Iterator[tuple[list[str], bool, nnx.Param]]:
+    """Every parameter of a model with `segments`, each once: (its names, whether it is stacked, itself).
+
+    Names are dotted and per layer, `layers.3.attention.q_proj.weight`, whichever way the layers execute. A stacked
+    parameter has one name for each slice of its first axis, in order; any other has one name.
+    """
+    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if path[0] != "segments":
+            yield [".".join(map(str, path))], False, param
+            continue
+        segment = model.segments[path[1]]
+        suffix = ".".join(map(str, path[4:]))
+        yield ([f"layers.{i}.{suffix}" for i in segment.layer_indices(path[3])],
+               isinstance(segment, ScannedSegment), param)

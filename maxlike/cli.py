@@ -1,0 +1,188 @@
+"""The command line: `maxlike generate` and `maxlike info`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import flax
+import jax
+
+import maxlike
+from maxlike.engine.generate import Figures, generate
+from maxlike.engine.sampling import SamplingParams
+from maxlike.models.build import compute_dtype, default_kv_params, mesh_for
+from maxlike.models.checkpoint import load_model
+from maxlike.models.hub import resolve
+from maxlike.models.registry import FAMILIES, parse_config
+from maxlike.models.tokenizer import Tokenizer
+
+EMBEDDED_MODEL = Path(__file__).parent / "embedded"
+"""A small model of Python source, for a first try without a network."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"maxlike: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, or 2 for bad input, told in one line on stderr."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except ValueError as error:
+        print("maxlike:", "; ".join(line.strip() for line in str(error).splitlines() if line.strip()), file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our text has seen enough
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="maxlike", description="A sharded decoder-only transformer for JAX.")
+    parser.add_argument("--version", action="version", version=f"maxlike {maxlike.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt: text to "
+                                   "stdout as it comes, one line of figures to stderr.")
+    _add_model_flags(generate)
+    prompt = generate.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", help="the text to continue; without any prompt, stdin is read")
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a UTF-8 file to continue")
+    prompt.add_argument("--prompt-ids", metavar="1,2,3", help="token ids to continue; no tokenizer is needed")
+    generate.add_argument("--chat", action="store_true", help="the prompt is a user's message: put it into the "
+                          "checkpoint's chat template")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest; 0: all")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest that "
+                          "together reach probability P")
+    generate.add_argument("--seed", type=int, default=0, help="of the draws")
+    generate.add_argument("--json", action="store_true", help="print one JSON object instead of text and figures")
+    generate.set_defaults(run=_generate)
+
+    info = commands.add_parser("info", help="show devices, mesh and backends")
+    _add_model_flags(info)
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="FOLDER|HUB_ID", default=str(EMBEDDED_MODEL),
+                        help="a Hugging Face checkpoint; default: the small embedded model of Python source")
+    parser.add_argument("--tp", type=int, metavar="N", help="tensor-parallel size; default: as many devices as the "
+                        "model's heads allow")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the checkpoint's")
+
+
+def _devices(tp: int | None) -> list[jax.Device] | None:
+    if tp is None:
+        return None
+    present = jax.devices()
+    if not 1 <= tp <= len(present):
+        raise ValueError(f"--tp {tp} was asked for; there are {len(present)} devices ({present[0].platform}).")
+    return present[:tp]
+
+
+def _generate(args: argparse.Namespace) -> None:
+    sampling = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed)
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1; got {args.max_new_tokens}.")
+    if args.chat and args.prompt_ids is not None:
+        raise ValueError("--chat needs text to put into the template; --prompt-ids gives token ids.")
+    folder = resolve(args.model)
+    config, _ = parse_config(folder)
+    mesh = mesh_for(config, _devices(args.tp))
+    # A checkpoint without a tokenizer is still good for ids.
+    with contextlib.suppress(ValueError) if args.prompt_ids is not None else contextlib.nullcontext():
+        tokenizer: Tokenizer | None = None
+        tokenizer = Tokenizer.from_folder(folder)
+    prompt = _prompt_ids(args, tokenizer)
+
+    start = time.perf_counter()
+    model = load_model(config, folder, devices=mesh, dtype=args.dtype)
+    jax.block_until_ready(jax.tree.leaves(model))
+    load_s = time.perf_counter() - start
+    figures = Figures()
+    stream = None if tokenizer is None else tokenizer.stream()
+    token_ids: list[int] = []
+    text = ""
+    for token in generate(model, prompt, args.max_new_tokens, sampling=sampling, eos_token_ids=config.eos_token_ids,
+                          max_seq_len=config.max_position_embeddings, figures=figures):
+        token_ids.append(token)
+        piece = f"{token} " if stream is None else stream.push(token)
+        text += piece
+        if not args.json:
+            print(piece, end="", flush=True)
+    rest = "" if stream is None else stream.flush()
+    text += rest
+    if args.json:
+        print(json.dumps({
+            "prompt_token_ids": prompt, "token_ids": token_ids, "text": None if stream is None else text,
+            "load_s": round(load_s, 3), "compile_s": round(figures.compile_s, 3),
+            "prefill_tok_s": round(figures.prefill_tok_s, 2), "decode_tok_s": round(figures.decode_tok_s, 2)}))
+        return
+    print(rest, flush=True)
+    full = len(prompt) + len(token_ids) == config.max_position_embeddings
+    print(f"load {load_s:.2f} s, compile {figures.compile_s:.2f} s, prefill {figures.prefill_tok_s:.1f} tok/s, "
+          f"decode {figures.decode_tok_s:.1f} tok/s ({len(prompt)} + {len(token_ids)} tokens, {_describe(mesh)}"
+          f"{', stopped at the longest sequence that the model takes' if full else ''})", file=sys.stderr)
+
+
+def _prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:
+    if args.prompt_ids is not None:
+        try:
+            return [int(i) for i in args.prompt_ids.split(",")]
+        except ValueError as error:
+            raise ValueError(f"--prompt-ids takes integers with commas between them, as 1,2,3; got "
+                             f"{args.prompt_ids!r}.") from error
+    assert tokenizer is not None
+    if args.prompt is not None:
+        text = args.prompt
+    else:
+        name = "stdin" if args.prompt_file is None else str(args.prompt_file)
+        try:
+            data = sys.stdin.buffer.read() if args.prompt_file is None else args.prompt_file.read_bytes()
+            text = data.decode("utf-8")
+        except OSError as error:
+            raise ValueError(f"The prompt file {name} cannot be read: {error.strerror}.") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"The prompt in {name} is not UTF-8: {error}.") from error
+    if not text:
+        raise ValueError("The prompt is empty: give --prompt, --prompt-file, --prompt-ids, or text on stdin.")
+    return tokenizer.encode_chat([{"role": "user", "content": text}]) if args.chat else tokenizer.encode(text)
+
+
+def _describe(mesh: jax.sharding.Mesh) -> str:
+    axes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    return f"{mesh.devices.size} {mesh.devices.flat[0].platform} device{'s' * (mesh.devices.size > 1)}, {axes}"
+
+
+def _info(args: argparse.Namespace) -> None:
+    print(f"maxlike {maxlike.__version__}, jax {jax.__version__}, flax {flax.__version__}")
+    print(f"platform    {jax.default_backend()}")
+    print(f"devices     {', '.join(f'{d} ({d.device_kind})' for d in jax.devices())}")
+    folder = resolve(args.model)
+    config, _ = parse_config(folder)
+    mesh = mesh_for(config, _devices(args.tp))
+    print(f"model       {folder}: {config.model_type}, {len(config.layers)} layers, width {config.hidden_size}, "
+          f"{config.num_attention_heads} heads, {config.num_key_value_heads} KV heads of {config.head_dim}, "
+          f"vocabulary {config.vocab_size}, up to {config.max_position_embeddings} tokens")
+    print(f"mesh        {_describe(mesh)}")
+    dtype = compute_dtype(args.dtype or config.dtype)
+    kv_params = default_kv_params(config, mesh, dtype)
+    print(f"weights     {dtype}")
+    print(f"KV cache    {kv_params.dtype.__name__ if isinstance(kv_params.dtype, type) else kv_params.dtype}, pages of "
+          f"{kv_params.page_size} tokens, {kv_params.bytes_per_page(mesh)} bytes a page and device")
+    print("attention   xla (paged), xla blockwise (without a cache)")
+    print(f"families    {', '.join(name for family in FAMILIES for name in family.model_types)}")

@@ -1,0 +1,1 @@
+"""From prompts to tokens: sampling, compiled steps, and the loop around them."""

@@ -1,0 +1,59 @@
+"""Which token comes next: greedy, temperature, top-k, top-p, decided on the device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn.
+
+    Args:
+        temperature: logits are divided by it; 0 takes the likeliest token.
+        top_k: only the k likeliest tokens; 0: all.
+        top_p: only the likeliest tokens that together reach this probability (Holtzman et al. 2020,
+            https://arxiv.org/abs/1904.09751), measured after temperature and top-k; 1: all.
+        seed: of the draw; the same seed gives the same text.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature must be 0 (greedy) or above; got {self.temperature}.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (all tokens) or above; got {self.top_k}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1; got {self.top_p}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be between 0 and {2**32 - 1}; got {self.seed}.")
+
+
+def sample(logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array,
+           key: jax.Array) -> jax.Array:
+    """Draws one token a row: `float32[S, V] -> int32[S]`; the scalars are those of `SamplingParams`."""
+
+    def draw() -> jax.Array:
+        # In order of likelihood both limits are limits on the rank, exact even where logits tie.
+        order = jnp.argsort(-logits, axis=-1)
+        ranked = jnp.take_along_axis(logits, order, axis=-1) / temperature
+        rank = jnp.arange(logits.shape[-1])
+        ranked = jnp.where((top_k == 0) | (rank < top_k), ranked, -jnp.inf)
+        probability = jax.nn.softmax(ranked, axis=-1)
+        before = jnp.cumsum(probability, axis=-1) - probability
+        choice = jax.random.categorical(key, jnp.where((before < top_p) | (rank == 0), ranked, -jnp.inf), axis=-1)
+        return jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+    # A sort of the whole vocabulary is dear: greedy decoding skips it.
+    return jax.lax.cond(temperature > 0, draw, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))

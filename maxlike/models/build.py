@@ -1,0 +1,140 @@
+"""A `TransformerConfig` becomes a `DistributedTransformer`: the only place where the layers are put together."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from maxlike.mesh import Devices, ShardingRules, as_mesh, make_mesh, tensor_parallel_sizes
+from maxlike.models.config import TransformerConfig
+from maxlike.nn.attention import AttentionWithRope
+from maxlike.nn.embedding import VocabParallelEmbedding
+from maxlike.nn.kv_cache import (
+    FetchContinuousBatchingKVCacheCollection,
+    FetchPagedKVCacheCollection,
+    KVCacheParams,
+    KVCacheStrategy,
+    mesh_platform,
+)
+from maxlike.nn.linear import ColumnParallelLinear, DistributedGemmConfig
+from maxlike.nn.mlp import MLP
+from maxlike.nn.norm import OutputNorm, RMSNorm
+from maxlike.nn.transformer.distributed_transformer import (
+    DistributedTransformer,
+    DistributedTransformerBlock,
+    ReturnLogits,
+)
+
+
+def mesh_for(config: TransformerConfig, devices: Devices | None = None) -> Mesh:
+    """The mesh for a model: over `devices`, or with `None` over as many of all devices as its heads allow.
+
+    Raises:
+        ValueError: the number of devices given does not fit the model; lists the sizes that do.
+    """
+    heads = dict(n_heads=config.num_attention_heads, n_kv_heads=config.num_key_value_heads,
+                 intermediate_size=config.intermediate_size)
+    if devices is not None:
+        return as_mesh(devices, **heads)
+    present = jax.devices()
+    return make_mesh(present[:max(n for n in tensor_parallel_sizes(**heads) if n <= len(present))], **heads)
+
+
+def default_kv_params(config: TransformerConfig, mesh: Mesh, dtype: DTypeLike) -> KVCacheParams:
+    """A paged cache in `dtype`; in float32 on CPU, where jax 0.10 widens a whole bfloat16 cache at each write."""
+    return KVCacheParams(jnp.float32 if mesh_platform(mesh) == "cpu" else dtype, config.num_key_value_heads,
+                         config.head_dim, len(config.layers))
+
+
+def build_model(config: TransformerConfig, *, devices: Devices | None = None, dtype: DTypeLike | None = None,
+                use_subgraphs: bool | None = None, return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
+                kv_params: KVCacheParams | None = None,
+                distributed_gemm_config: DistributedGemmConfig | None = None,
+                rules: ShardingRules = ShardingRules(), rngs: nnx.Rngs | None = None) -> DistributedTransformer:
+    """A model with random parameters. Under `nnx.eval_shape`, its shapes and shardings alone.
+
+    Args:
+        devices: see `mesh_for`.
+        dtype: of parameters and activations: float32 or bfloat16; `None` is the config's.
+        use_subgraphs: scan groups of like layers; `None`: yes, but on CPU, where XLA would copy each layer's
+            weights out of the stack.
+        kv_params: the cache's measures; `None` is `default_kv_params`.
+        rngs: for the parameters; `None` is `nnx.Rngs(0)`.
+
+    Raises:
+        ValueError: the mesh or dtype does not fit the model.
+    """
+    mesh = mesh_for(config, devices)
+    dtype = compute_dtype(config.dtype if dtype is None else dtype)
+    rngs = nnx.Rngs(0) if rngs is None else rngs
+    kv_params = default_kv_params(config, mesh, dtype) if kv_params is None else kv_params
+    if use_subgraphs is None:
+        use_subgraphs = mesh_platform(mesh) != "cpu"
+    common: dict[str, Any] = dict(dtype=dtype, devices=mesh, rngs=rngs, rules=rules)
+    norm = partial(RMSNorm, config.hidden_size, eps=config.rms_norm_eps, weight_offset=config.norm_weight_offset,
+                   **common)
+    model_rope = config.layers[-1].rope
+
+    def block(i: int) -> DistributedTransformerBlock:
+        layer = config.layers[i]
+        attention: Any = AttentionWithRope(
+            config.num_attention_heads, config.num_key_value_heads, config.hidden_size, config.head_dim,
+            rope=None if layer.rope == model_rope else layer.rope, sliding_window=layer.sliding_window,
+            scale=(config.query_pre_attn_scalar or config.head_dim) ** -0.5,
+            has_bias=config.attention_bias, has_output_bias=config.attention_output_bias,
+            qk_norm_eps=config.rms_norm_eps if config.qk_norm else None, qk_norm_offset=config.norm_weight_offset,
+            logit_soft_cap=config.attn_logit_softcapping, **common)
+        mlp: Any = MLP(config.hidden_size, config.intermediate_size, activation=config.hidden_act,
+                       has_bias=config.mlp_bias, **common)
+        if config.sandwich_norm:
+            attention, mlp = OutputNorm(attention, norm()), OutputNorm(mlp, norm())
+        return DistributedTransformerBlock(attention, mlp, norm(), norm(), mesh, distributed_gemm_config)
+
+    layers = [block(i) for i in range(len(config.layers))]
+    embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, scale=config.embedding_scale, **common)
+    output: Any = ColumnParallelLinear(config.hidden_size, config.vocab_size, out_axis="vocab", gather_output=True,
+                                       tied_weight=embedding.weight if config.tie_word_embeddings else None, **common)
+    if config.final_logit_softcapping is not None:
+        output = SoftCap(output, config.final_logit_softcapping)
+    fetch = (FetchPagedKVCacheCollection if kv_params.cache_strategy == KVCacheStrategy.PAGED
+             else FetchContinuousBatchingKVCacheCollection)
+    return DistributedTransformer(
+        config.hidden_size, config.num_attention_heads, layers, norm(), output, embedding, kv_params,
+        fetch(kv_params), mesh, model_rope, return_logits, use_subgraphs, layer_groups(config))
+
+
+def layer_groups(config: TransformerConfig) -> list[list[int]]:
+    """Layers of one structure together, each group ascending: the `subgraph_layer_groups` of a model."""
+    kinds = list(dict.fromkeys(config.layers))
+    return [[i for i, layer in enumerate(config.layers) if layer == kind] for kind in kinds]
+
+
+def compute_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """float32 or bfloat16; a checkpoint's float16 is computed in bfloat16.
+
+    Raises:
+        ValueError: any other dtype.
+    """
+    given = jnp.dtype(dtype)
+    if given == jnp.float16:
+        given = jnp.dtype(jnp.bfloat16)
+    if given not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"Models compute in float32 or bfloat16; got {given}.")
+    return given
+
+
+class SoftCap(nnx.Module):
+    """`cap * tanh(layer(x) / cap)`, in float32."""
+
+    def __init__(self, layer: Any, cap: float):
+        self.layer, self.cap = layer, cap
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """As `layer`, capped."""
+        return self.cap * jnp.tanh(self.layer(x).astype(jnp.float32) / self.cap)
