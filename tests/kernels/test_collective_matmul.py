@@ -50,7 +50,7 @@ def check(actual, expected, tolerance=1e-5):
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 @pytest.mark.parametrize(
     ("T", "D"),
-    [(8, 64), (1, 1003), (40, 1003), (40, 96), (3, 5), (40, 5), (40, 17)],
+    [(8, 64), (40, 64), (1, 1003), (40, 1003), (3, 5), (40, 5)],
     ids=lambda value: str(value),
 )
 def test_equals_the_plain_product(axes, T, D):
