@@ -28,7 +28,7 @@ class TransformerConfig:
     """A decoder-only transformer, by the names of Hugging Face configs where they have one.
 
     Args:
-        model_type: of the checkpoint that it came from; chooses the family when saving.
+        model_type: of the text model (`gemma3_text` for a `gemma3`); chooses the family when saving.
         layers: one entry a layer.
         dtype: as the checkpoint states it: `"float32"`, `"bfloat16"`, `"float16"`.
         query_pre_attn_scalar: scores are scaled by its `-0.5`th power; `None`: by `head_dim`'s.

@@ -34,8 +34,9 @@ class Family:
         parse: `config.json` to `TransformerConfig`; raises `CheckpointError` with all that is wrong with it.
         unparse: and back.
         layer_keys: module inside a layer, here to Hugging Face; the longest that fits counts.
-        prefixes: what may stand before `layers.0...` in a checkpoint. Longer ones first.
-        ignored: names that start so are not ours to load.
+        prefixes: what may stand before `layers.0...` in a checkpoint, longer ones first.
+        heads: what the head may be called there.
+        ignored: beginnings of names that are not ours to load.
     """
 
     model_types: tuple[str, ...]
@@ -43,6 +44,7 @@ class Family:
     unparse: Callable[[TransformerConfig], dict[str, Any]]
     layer_keys: Mapping[str, str]
     prefixes: tuple[str, ...] = ("model.", "")
+    heads: tuple[str, ...] = ("lm_head.",)
     ignored: tuple[str, ...] = ()
 
 
@@ -61,31 +63,33 @@ def hf_name(family: Family, name: str) -> str:
     return prefix + keys[module] + rest[len(module):]
 
 
-def canonical_names(family: Family, names: Iterable[str], *, tied: bool) -> dict[str, str]:
-    """Names in a checkpoint to those that `hf_name` gives, without what is not to be loaded.
+def canonical_names(family: Family, names: Iterable[str], *, tied: bool = False) -> dict[str, str]:
+    """The names that `hf_name` gives, each with the name in a checkpoint: `{canonical: stored}`.
 
     Checkpoints differ in prefix: of the model with its head (`model.layers.0...`), of the model without
     (`layers.0...`), of a larger model around it (`language_model.model.layers.0...`). Left out are what the family
-    ignores, buffers that follow from the config, and the head of a model with `tied` embeddings. Names that no
-    model has stay as they are, for the loader to complain about.
+    ignores, buffers that follow from the config, and, with `tied` embeddings, the head (which stands in for the
+    embedding where only the head is stored). Names that no model has stay as they are, for the loader to complain
+    about.
 
     Raises:
         CheckpointError: two names for one parameter.
     """
-    canonical: dict[str, str] = {}
+    stored: dict[str, str] = {}
+    problems = []
     for name in names:
         if name.startswith(family.ignored) or _ROPE_BUFFER.search(name):
             continue
-        target = _canonical_name(family, name)
-        if not (tied and target == "lm_head.weight"):
-            canonical[name] = target
-    sources: dict[str, list[str]] = {}
-    for name, target in canonical.items():
-        sources.setdefault(target, []).append(name)
-    doubled = [f"{' and '.join(sorted(given))} are both {target}." for target, given in sources.items() if given[1:]]
-    if doubled:
-        raise CheckpointError(doubled)
-    return canonical
+        canonical = _canonical_name(family, name)
+        if canonical in stored:
+            problems.append(f"{stored[canonical]} and {name} are one parameter, {canonical}; expected one of them.")
+        stored[canonical] = name
+    if problems:
+        raise CheckpointError(problems)
+    if tied and "lm_head.weight" in stored:
+        head = stored.pop("lm_head.weight")
+        stored.setdefault("model.embed_tokens.weight", head)
+    return stored
 
 
 def _canonical_name(family: Family, name: str) -> str:
@@ -93,6 +97,7 @@ def _canonical_name(family: Family, name: str) -> str:
         rest = name.removeprefix(prefix)
         if name.startswith(prefix) and rest.startswith(("layers.", "embed_tokens.", "norm.")):
             return "model." + rest
-    heads = [prefix.removesuffix("model.") + "lm_head." for prefix in family.prefixes]
-    fitting = next((head for head in heads if name.startswith(head)), None)
-    return name if fitting is None else "lm_head." + name.removeprefix(fitting)
+    for head in family.heads:
+        if name.startswith(head):
+            return "lm_head." + name.removeprefix(head)
+    return name

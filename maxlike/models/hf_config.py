@@ -16,11 +16,12 @@ from maxlike.models.safetensors import CheckpointError
 from maxlike.nn.mlp import ACTIVATIONS
 from maxlike.nn.rotary_embedding import LinearScaling, Llama3Scaling, RopeScaling, RotaryEmbedding, YarnScaling
 
+DTYPES = ("float32", "bfloat16", "float16")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 FULL, SLIDING = "full_attention", "sliding_attention"
 COMMON_DEFAULTS: dict[str, Any] = dict(
     head_dim=None, hidden_act="silu", rms_norm_eps=1e-6, tie_word_embeddings=False, rope_theta=10000.0,
-    bos_token_id=None, eos_token_id=None)
+    partial_rotary_factor=1.0, bos_token_id=None, eos_token_id=None, dtype="float32", torch_dtype="float32")
 """What a config without the field means, in most families."""
 
 
@@ -46,8 +47,11 @@ class ConfigReader:
         """Notes that field `name` does not hold what is `expected`."""
         given = json.dumps(self.fields[name]) if name in self.fields else "missing"
         given = given if len(given) <= 120 else given[:117] + "..."
-        problem = f"{self.path}{name} is {given}; expected {expected}."
-        if problem not in self.problems:
+        self.note(f"{self.path}{name} is {given}; expected {expected}.")
+
+    def note(self, problem: str) -> None:
+        """Notes a problem of several fields together."""
+        if problem not in self.problems:  # fields are read more than once
             self.problems.append(problem)
 
     def checked(self, config: TransformerConfig) -> TransformerConfig:
@@ -74,15 +78,20 @@ class ConfigReader:
 
     def optional_integer(self, name: str) -> int | None:
         """A positive integer or null."""
-        return self._read(name, lambda x: x is None or _is_integer(x) and x > 0, "a positive integer or null")
+        return self._read(name, lambda x: x is None or (_is_integer(x) and x > 0), "a positive integer or null")
 
-    def number(self, name: str) -> float:
-        """A positive number."""
-        return self._read(name, lambda x: _is_number(x) and x > 0, "a positive number")
+    def count(self, name: str) -> int:
+        """An integer that is not negative."""
+        return self._read(name, lambda x: _is_integer(x) and x >= 0, "an integer, at least 0")
+
+    def number(self, name: str, above: float = 0) -> float:
+        """A number above `above`."""
+        expected = f"a number above {above}" if above else "a positive number"
+        return self._read(name, lambda x: _is_number(x) and x > above, expected)
 
     def optional_number(self, name: str) -> float | None:
         """A positive number or null."""
-        return self._read(name, lambda x: x is None or _is_number(x) and x > 0, "a positive number or null")
+        return self._read(name, lambda x: x is None or (_is_number(x) and x > 0), "a positive number or null")
 
     def flag(self, name: str) -> bool:
         """True or false."""
@@ -95,13 +104,19 @@ class ConfigReader:
 
     def section(self, name: str, defaults: Mapping[str, Any]) -> ConfigReader:
         """The object in field `name`; an empty one where it is missing or null."""
-        fields = self._read(name, lambda x: x is None or isinstance(x, Mapping), "an object")
+        fields: Mapping[str, Any] | None = self._read(name, lambda x: x is None or isinstance(x, Mapping), "an object")
         return ConfigReader(fields or {}, defaults, self.problems, f"{self.path}{name}.")
 
-    def refuse(self, name: str, accepted: tuple[Any, ...], why: str) -> None:
-        """Notes a problem if field `name` is there and holds something else than what is `accepted`."""
-        if name in self.fields and self.fields[name] not in accepted:
-            self.problem(name, f"{' or '.join(map(json.dumps, accepted))} ({why})")
+    def refuse(self, name: str, why: str) -> None:
+        """Notes a problem if field `name` holds anything but null or false."""
+        if self.fields.get(name) not in (None, False):
+            self.problem(name, f"none: {why}")
+
+    def require(self, names: Iterable[str], why: str) -> None:
+        """Notes a problem for each field that is missing."""
+        for name in names:
+            if name not in self.fields:
+                self.problem(name, f"a number, which {why} needs")
 
     def token_id(self, name: str) -> int | None:
         """A token id or null."""
@@ -109,8 +124,10 @@ class ConfigReader:
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         """A token id, a list of them, or null."""
-        ids = self._read(name, lambda x: x is None or _is_integer(x) or isinstance(x, list) and all(map(_is_integer, x)),
-                         "a token id, a list of them, or null")
+        def accepts(x: Any) -> bool:
+            return x is None or _is_integer(x) or (isinstance(x, list) and all(map(_is_integer, x)))
+
+        ids = self._read(name, accepts, "a token id, a list of them, or null")
         return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
 
 
@@ -119,12 +136,12 @@ def _is_integer(x: Any) -> bool:
 
 
 def _is_number(x: Any) -> bool:
-    return (_is_integer(x) or isinstance(x, float)) and math.isfinite(x)
+    return (_is_integer(x) or isinstance(x, float)) and abs(x) < 1e300  # JSON as Python reads it has NaN and Infinity
 
 
 def read_common(reader: ConfigReader, *, activation: str = "hidden_act") -> dict[str, Any]:
     """The fields of a `TransformerConfig` that every family states in the same way."""
-    reader.refuse("quantization_config", (None,), "quantised checkpoints are not supported yet")
+    reader.refuse("quantization_config", "quantised checkpoints are not supported yet")
     hidden_size, n_heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
     n_kv_heads = reader.optional_integer("num_key_value_heads") or n_heads
     if n_heads % n_kv_heads:
@@ -132,11 +149,8 @@ def read_common(reader: ConfigReader, *, activation: str = "hidden_act") -> dict
     head_dim = reader.optional_integer("head_dim")
     if head_dim is None and hidden_size % n_heads:
         reader.problem("hidden_size", f"a multiple of num_attention_heads, {n_heads}, where head_dim is not given")
-    dtype_name = "torch_dtype" if reader.fields.get("dtype") is None else "dtype"
-    dtypes = ("float32", "bfloat16", "float16")
-    dtype = reader.fields.get(dtype_name) or "float32"
-    if dtype not in dtypes:
-        reader.problem(dtype_name, f"one of {', '.join(dtypes)}")
+    stated = [name for name in ("dtype", "torch_dtype") if reader.fields.get(name) is not None]
+    dtype = reader.choice(stated[0], DTYPES) if stated else "float32"
     return dict(
         vocab_size=reader.integer("vocab_size"), hidden_size=hidden_size,
         intermediate_size=reader.integer("intermediate_size"), num_attention_heads=n_heads,
@@ -152,65 +166,57 @@ def read_rope(reader: ConfigReader, common: Mapping[str, Any]) -> RotaryEmbeddin
 
     Where a file has both, the older form is read, as transformers 5 does.
     """
-    name = "rope_scaling" if reader.fields.get("rope_scaling") else "rope_parameters"
-    outer = {field: reader.fields[field] for field in ("rope_theta", "partial_rotary_factor")
-             if reader.fields.get(field) is not None}
-    rope = reader.section(name, {"rope_theta": reader.defaults["rope_theta"]})
-    if reader.fields.get("original_max_position_embeddings") is not None:
-        rope.fields = {**rope.fields, "original_max_position_embeddings":
-                       reader.fields["original_max_position_embeddings"]}
-    return read_rope_section(ConfigReader({**outer, **rope.fields}, rope.defaults, rope.problems, rope.path), common)
+    section = reader.section(
+        "rope_scaling" if reader.fields.get("rope_scaling") else "rope_parameters",
+        rope_defaults(common, reader.number("rope_theta", above=1), reader.number("partial_rotary_factor"))
+        | {"original_max_position_embeddings": reader.optional_integer("original_max_position_embeddings")
+           or common["max_position_embeddings"]})
+    return read_rope_section(section, common)
 
 
-def read_rope_section(rope: ConfigReader, common: Mapping[str, Any]) -> RotaryEmbedding:
+def rope_defaults(common: Mapping[str, Any], theta: float, partial_rotary_factor: float = 1.0) -> dict[str, Any]:
+    """What missing fields of a rope's section mean."""
+    return dict(rope_theta=theta, partial_rotary_factor=partial_rotary_factor, rope_type="default", type="default",
+                factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0, truncate=True,
+                original_max_position_embeddings=common["max_position_embeddings"])
+
+
+def read_rope_section(section: ConfigReader, common: Mapping[str, Any]) -> RotaryEmbedding:
     """A rotary embedding from one object with `rope_type`, `rope_theta` and what belongs to the type."""
-    head_dim, max_positions = common["head_dim"], common["max_position_embeddings"]
-    for name, value in rope.fields.items():
+    for name, value in section.fields.items():
         if isinstance(value, Mapping):
-            rope.problem(name, "no object (positions by layer type are supported in gemma3 alone)")
-    rope.defaults = dict(rope_type="default", type="default", partial_rotary_factor=1.0, factor=1.0,
-                         low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=max_positions,
-                         truncate=True) | dict(rope.defaults)
-    theta = rope.number("rope_theta")
-    if theta <= 1:
-        rope.problem("rope_theta", "a number above 1")
-        theta = 2.0
-    rotary_dim = int(head_dim * rope.number("partial_rotary_factor"))
+            section.problem(name, "no object here: only gemma3 has positions by layer type")
+    theta, scaling = float(section.number("rope_theta", above=1)), _read_scaling(section, common)
+    head_dim, share = common["head_dim"], section.number("partial_rotary_factor")
+    rotary_dim = int(head_dim * share)
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
-        rope.problem("partial_rotary_factor", "a share of head_dim that is even and at most head_dim; of "
-                     f"{head_dim} this makes {rotary_dim}")
-        head_dim = rotary_dim = 2
-    return RotaryEmbedding(head_dim, float(theta), None if rotary_dim == head_dim else rotary_dim,
-                           _read_scaling(rope, max_positions))
+        section.note(f"head_dim {head_dim} and partial_rotary_factor {share} make {rotary_dim} rotated dimensions; "
+                     "expected an even number, at most head_dim.")
+        return RotaryEmbedding(2)
+    return RotaryEmbedding(head_dim, theta, None if rotary_dim == head_dim else rotary_dim, scaling)
 
 
-def _read_scaling(rope: ConfigReader, max_positions: int) -> RopeScaling | None:
-    kind = rope.choice("rope_type" if "rope_type" in rope.fields else "type", ROPE_TYPES)
+def _read_scaling(section: ConfigReader, common: Mapping[str, Any]) -> RopeScaling | None:
+    kind = section.choice("rope_type" if "rope_type" in section.fields else "type", ROPE_TYPES)
     if kind == "default":
         return None
-    if kind == "yarn" and "factor" in rope.fields and rope.fields["factor"] is None:
-        original = rope.integer("original_max_position_embeddings")
-        rope.fields = {**rope.fields, "factor": max_positions / original}
-    if "factor" not in rope.fields:
-        rope.problem("factor", f"a positive number, which rope type {kind} needs")
-    factor = float(rope.number("factor"))
+    original = section.integer("original_max_position_embeddings")
+    section.require(["factor"], f"rope_type {kind}")
     if kind == "linear":
-        return LinearScaling(factor)
-    original = rope.integer("original_max_position_embeddings")
+        return LinearScaling(float(section.number("factor")))
     if kind == "yarn":
+        factor = section.optional_number("factor") or common["max_position_embeddings"] / original
         return YarnScaling(
-            factor, original, beta_fast=float(rope.optional_number("beta_fast") or 32.0),
-            beta_slow=float(rope.optional_number("beta_slow") or 1.0),
-            explicit_attention_factor=rope.optional_number("attention_factor"),
-            mscale=rope.optional_number("mscale"), mscale_all_dim=rope.optional_number("mscale_all_dim"),
-            truncate=rope.flag("truncate"))
-    for name in ("low_freq_factor", "high_freq_factor"):
-        if name not in rope.fields:
-            rope.problem(name, "a positive number, which rope type llama3 needs")
-    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+            float(factor), original, beta_fast=float(section.optional_number("beta_fast") or 32),
+            beta_slow=float(section.optional_number("beta_slow") or 1),
+            explicit_attention_factor=section.optional_number("attention_factor"),
+            mscale=section.optional_number("mscale"), mscale_all_dim=section.optional_number("mscale_all_dim"),
+            truncate=section.flag("truncate"))
+    section.require(["low_freq_factor", "high_freq_factor"], f"rope_type {kind}")
+    low, high = float(section.number("low_freq_factor")), float(section.number("high_freq_factor"))
     if low >= high:
-        rope.problem("high_freq_factor", f"a number above low_freq_factor, {low}")
-    return Llama3Scaling(factor, float(low), float(high), original)
+        section.problem("high_freq_factor", f"a number above low_freq_factor, {low}")
+    return Llama3Scaling(float(section.number("factor")), low, high, original)
 
 
 def read_layers(reader: ConfigReader, default_types: Sequence[str], ropes: Mapping[str, RotaryEmbedding],
@@ -225,16 +231,18 @@ def read_layers(reader: ConfigReader, default_types: Sequence[str], ropes: Mappi
     types = reader.fields.get("layer_types")
     if types is None:
         types = default_types
-    elif not isinstance(types, list) or len(types) != len(default_types) or any(t not in (FULL, SLIDING) for t in types):
+    elif (not isinstance(types, list) or len(types) != len(default_types)
+          or any(kind not in (FULL, SLIDING) for kind in types)):
         reader.problem("layer_types", f"{len(default_types)} (num_hidden_layers) times {FULL} or {SLIDING}")
         types = default_types
     if SLIDING in types and sliding_window is None:
-        reader.problem("sliding_window", f"a positive integer, in use, since there are layers of {SLIDING}")
+        reader.problem("layer_types", f"no {SLIDING} where no sliding_window is in use")
     return tuple(LayerConfig(ropes[t], sliding_window if t == SLIDING else None) for t in types)
 
 
 def write_common(config: TransformerConfig, architecture: str, *, activation: str = "hidden_act") -> dict[str, Any]:
     """The `config.json` fields of `read_common`, and `model_type` and `architectures`."""
+    eos = config.eos_token_ids
     return {
         "architectures": [architecture],
         "model_type": config.model_type,
@@ -250,7 +258,7 @@ def write_common(config: TransformerConfig, architecture: str, *, activation: st
         "rms_norm_eps": config.rms_norm_eps,
         "tie_word_embeddings": config.tie_word_embeddings,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_ids[0] if len(config.eos_token_ids) == 1 else list(config.eos_token_ids) or None,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
         "dtype": config.dtype,
         "torch_dtype": config.dtype,  # transformers 4
     }
@@ -259,11 +267,10 @@ def write_common(config: TransformerConfig, architecture: str, *, activation: st
 def write_rope(rope: RotaryEmbedding) -> dict[str, Any]:
     """The `config.json` fields of `read_rope`, in the form of transformers 4 and in that of 5."""
     parameters = write_rope_section(rope)
-    scaling = {name: value for name, value in parameters.items()
-               if name not in ("rope_theta", "partial_rotary_factor")}
-    partial = {name: parameters[name] for name in ("partial_rotary_factor",) if name in parameters}
-    return {"rope_theta": rope.theta, **partial, "rope_scaling": scaling if rope.scaling is not None else None,
-            "rope_parameters": parameters}
+    scaling: dict[str, Any] = dict(parameters)
+    outside: dict[str, Any] = {name: scaling.pop(name) for name in ("rope_theta", "partial_rotary_factor")
+                               if name in parameters}
+    return {**outside, "rope_scaling": None if rope.scaling is None else scaling, "rope_parameters": parameters}
 
 
 def write_rope_section(rope: RotaryEmbedding) -> dict[str, Any]:
@@ -295,6 +302,6 @@ def layer_types(config: TransformerConfig) -> list[str]:
     return [FULL if layer.sliding_window is None else SLIDING for layer in config.layers]
 
 
-def common_window(config: TransformerConfig) -> int | None:
+def sliding_window(config: TransformerConfig) -> int | None:
     """The window of those layers that have one; `None` without any."""
     return next((layer.sliding_window for layer in config.layers if layer.sliding_window is not None), None)
