@@ -229,7 +229,8 @@ class TextStream:
             # four pushes will not change.
             final = text.rstrip("\ufffd")
             if len(self._recent) == 3:
-                final = max(final, _common_start([text, *self._recent]), key=len)
+                new = _common_start([recent[self._given :] for recent in (text, *self._recent)])
+                final = max(final, text[: self._given] + new, key=len)
         piece = final[self._given :]
         self._window = window
         self._given = max(self._given, len(final))
