@@ -16,6 +16,7 @@ MODEL_KEYS = {
     "output": "lm_head",
     "output.layer": "lm_head",  # under a soft cap
 }
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 LAYER_KEYS = {
     "attention_norm": "input_layernorm",
     "attention": "self_attn",
@@ -64,7 +65,7 @@ def hf_name(family: Family, name: str) -> str:
 
 
 def canonical_names(family: Family, names: Iterable[str], *, tied: bool = False) -> dict[str, str]:
-    """The names that `hf_name` gives, each with the name in a checkpoint: `{canonical: stored}`.
+    """Names in a checkpoint to those that `hf_name` gives: `{stored: canonical}`.
 
     Checkpoints differ in prefix: of the model with its head (`model.layers.0...`), of the model without
     (`layers.0...`), of a larger model around it (`language_model.model.layers.0...`). Left out are what the family
@@ -75,21 +76,22 @@ def canonical_names(family: Family, names: Iterable[str], *, tied: bool = False)
     Raises:
         CheckpointError: two names for one parameter.
     """
+    canonical = {name: _canonical_name(family, name) for name in names
+                 if not (name.startswith(family.ignored) or _ROPE_BUFFER.search(name))}
     stored: dict[str, str] = {}
     problems = []
-    for name in names:
-        if name.startswith(family.ignored) or _ROPE_BUFFER.search(name):
-            continue
-        canonical = _canonical_name(family, name)
-        if canonical in stored:
-            problems.append(f"{stored[canonical]} and {name} are one parameter, {canonical}; expected one of them.")
-        stored[canonical] = name
+    for name, target in canonical.items():
+        if target in stored:
+            problems.append(f"tensors {stored[target]!r} and {name!r} are one parameter, {target}; expected one of them")
+        stored[target] = name
     if problems:
         raise CheckpointError(problems)
-    if tied and "lm_head.weight" in stored:
-        head = stored.pop("lm_head.weight")
-        stored.setdefault("model.embed_tokens.weight", head)
-    return stored
+    if tied and HEAD in stored:
+        if EMBEDDING in stored:
+            del canonical[stored[HEAD]]
+        else:
+            canonical[stored[HEAD]] = EMBEDDING
+    return canonical
 
 
 def _canonical_name(family: Family, name: str) -> str:

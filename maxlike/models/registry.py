@@ -14,8 +14,7 @@ from maxlike.models.family import Family, canonical_names, hf_name
 from maxlike.models.hf_config import ConfigReader
 from maxlike.models.safetensors import CheckpointError
 
-__all__ = ["FAMILIES", "Family", "canonical_names", "family_named", "family_of", "hf_name", "parse_config",
-           "unparse_config"]
+__all__ = ["FAMILIES", "Family", "canonical_names", "family_of", "hf_name", "parse_config", "unparse_config"]
 
 FAMILIES: tuple[Family, ...] = (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, gemma3.FAMILY)
 
@@ -33,11 +32,6 @@ def family_of(config_json: Mapping[str, Any]) -> Family:
     supported = ", ".join(name for family in FAMILIES for name in family.model_types)
     given = f"model_type {json.dumps(model_type)} is not supported" if "model_type" in config_json else "no model_type"
     raise ValueError(f"{given}; supported are {supported}.")
-
-
-def family_named(model_type: str) -> Family:
-    """The family of a `model_type`; raises as `family_of`."""
-    return family_of({"model_type": model_type})
 
 
 def parse_config(folder: Path) -> tuple[TransformerConfig, dict[str, Any]]:
@@ -72,7 +66,7 @@ def unparse_config(config: TransformerConfig) -> dict[str, Any]:
     Raises:
         ValueError: the model's family has no word for something in `config`; names it.
     """
-    family = family_named(config.model_type)
+    family = family_of({"model_type": config.model_type})
     config_json = family.unparse(config)
     read = family.parse(config_json)
     lost = [field.name for field in fields(config) if getattr(read, field.name) != getattr(config, field.name)]
