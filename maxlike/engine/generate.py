@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from maxlike.engine.runner import MIN_TOKENS, ModelRunner
+from maxlike.engine.runner import ModelRunner
 from maxlike.engine.sampling import SamplingParams
 from maxlike.nn.transformer.distributed_transformer import DistributedTransformer
 
@@ -63,9 +63,7 @@ def _generate(model: DistributedTransformer, prompt: np.ndarray, max_new_tokens:
     n_pages = model.kv_params.pages_for(len(prompt) + max_new_tokens)
     runner = ModelRunner(model, n_pages, 1, n_pages)
     table = np.arange(n_pages, dtype=np.int32)[None]
-    chunk = MIN_TOKENS
-    while chunk < min(len(prompt), PREFILL_CHUNK):
-        chunk *= 2
+    chunk = min(PREFILL_CHUNK, 1 << (len(prompt) - 1).bit_length())
     start = time.perf_counter()
     runner.compile(chunk)
     if max_new_tokens > 1:

@@ -14,9 +14,6 @@ from jax.sharding import NamedSharding
 from maxlike.engine.sampling import SamplingParams, sample
 from maxlike.nn.transformer.distributed_transformer import DistributedTransformer, ReturnLogits
 
-MIN_TOKENS = 8
-"""Rows of the smallest step. XLA:CPU multiplies one bfloat16 row ten times slower than several."""
-
 
 class ModelRunner:
     """Runs steps of a model over a cache that it owns.
@@ -75,7 +72,6 @@ class ModelRunner:
               cache_lengths: jax.Array, page_table: jax.Array, temperature: jax.Array, top_k: jax.Array,
               top_p: jax.Array, seed: jax.Array, draw: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
-        tokens = jnp.pad(tokens, (0, max(0, MIN_TOKENS - tokens.shape[0])))
         (logits,), pages = model(tokens, (pages, cache_lengths, page_table), None, row_offsets)
         with jax.sharding.use_abstract_mesh(model.mesh.abstract_mesh):
             key = jax.random.fold_in(jax.random.key(seed), draw)

@@ -32,12 +32,19 @@ class DistributedGemmConfig:
     enable_matmul_allreduce: bool = False
 
 
+_MIN_ROWS = 4
+"""XLA:CPU widens the whole of a bfloat16 weight to multiply it with a single row; several rows go ten times faster."""
+
+
 def matmul(x: jax.Array, weight: jax.Array, out_sharding: P | None = None) -> jax.Array:
     """`x @ weight.T`, accumulated in float32: `[T, I], [O, I] -> [T, O]` in `x.dtype`."""
+    rows = x.shape[0]
+    if rows < _MIN_ROWS:
+        x = jnp.pad(x, ((0, _MIN_ROWS - rows), (0, 0)))
     product = jax.lax.dot_general(
         x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32, out_sharding=out_sharding,
         precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None)
-    return product.astype(x.dtype)
+    return product[:rows].astype(x.dtype)
 
 
 class ColumnParallelLinear(Module):
