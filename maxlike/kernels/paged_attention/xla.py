@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-BLOCK = 128  # tokens of K and V read at a time (a page, if that is larger)
+SMALL_BLOCK, LARGE_BLOCK = 64, 256  # tokens of K and V read at a time (a page, if that is larger)
 TILE = 64  # query tokens of one sequence that share the reading of a block
 NO_SCORE = -1e30  # finite: a row that has no score yet then gives exp(0), wiped out by its first real score
 
@@ -46,16 +46,14 @@ def ragged_paged_attention(
     batch = _Batch(cache_lengths, new, row_offsets, page_table, first_page)
     pages = _write(k, v, pages, batch)
 
-    tokens = q.shape[0]
-    q = jnp.pad(q, ((0, TILE), (0, 0), (0, 0)))  # a tile may reach past the end
     attend = functools.partial(
-        _attend_tiles, q, pages, batch,
-        head_dim=k.shape[2], scale=scale, sliding_window=sliding_window, soft_cap=soft_cap,
-    )  # fmt: skip
+        _attend_tiles, q, pages, batch, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap
+    )
+    tile = min(TILE, q.shape[0])
     out = jnp.zeros_like(q)
     out = attend(out, width=1, n_tiles=jnp.where(new == 1, 1, 0))
-    out = attend(out, width=TILE, n_tiles=jnp.where(new > 1, -(-new // TILE), 0))
-    return out[:tokens], pages
+    out = attend(out, width=tile, n_tiles=jnp.where(new > 1, -(-new // tile), 0))
+    return out, pages
 
 
 def _write(k, v, pages, batch):
@@ -80,26 +78,29 @@ def _write(k, v, pages, batch):
 def _attend_tiles(q, pages, batch, out, *, width, n_tiles, **options):
     """`out` [T, N, H] with the attention of n_tiles [S] tiles of `width` tokens of each sequence filled in."""
     ends = jnp.cumsum(n_tiles)
-    size = (width, *q.shape[1:])
+    T, N, H = q.shape
 
     def body(i, out):
         s = jnp.searchsorted(ends, i, side="right", method="compare_all")
-        first = (i - (ends[s] - n_tiles[s])) * width  # of the tile, among the sequence's new tokens
-        at = (batch.row_offsets[s] + first, 0, 0)
-        o = _attend(lax.dynamic_slice(q, at, size), pages, batch, s, first, **options)
-        mine = (first + jnp.arange(width) < batch.new[s])[:, None, None]
-        o = jnp.where(mine, o.astype(out.dtype), lax.dynamic_slice(out, at, size))
-        return lax.dynamic_update_slice(out, o, at)
+        first = batch.row_offsets[s] + (i - (ends[s] - n_tiles[s])) * width
+        end = jnp.minimum(first + width, batch.row_offsets[s + 1])
+        # A tile holds rows that are not its own at the end of the sequence, and before `first` at the end of q.
+        row = jnp.minimum(first, T - width)
+        o = _attend(lax.dynamic_slice(q, (row, 0, 0), (width, N, H)), pages, batch, s, row, first, end, **options)
+        token = row + jnp.arange(width)[:, None, None]
+        o = jnp.where((token >= first) & (token < end), o, lax.dynamic_slice(out, (row, 0, 0), (width, N, H)))
+        return lax.dynamic_update_slice(out, o, (row, 0, 0))
 
     return lax.fori_loop(0, ends[-1], body, out)
 
 
-def _attend(q, pages, batch, s, first, *, head_dim, scale, sliding_window, soft_cap):
-    """Attention of q [n, N, H], new tokens `first` and on of sequence s -> float32[n, N, H]."""
+def _attend(q, pages, batch, s, row, first, end, *, scale, sliding_window, soft_cap):
+    """Attention of q [n, N, H], which are the tokens from `row` on -> [n, N, H].
+
+    Tokens [first, end) belong to sequence s; what comes out for others is finite and without meaning.
+    """
     n, N, H = q.shape
     K, page_size, lanes = pages.shape[1:]
-    block_pages = max(1, BLOCK // page_size)
-    block = block_pages * page_size
     dtype = jnp.promote_types(q.dtype, pages.dtype)
     dot = functools.partial(
         jnp.einsum,
@@ -113,38 +114,58 @@ def _attend(q, pages, batch, s, first, *, head_dim, scale, sliding_window, soft_
     if whole:
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, lanes - H)))
 
-    position = batch.cache_lengths[s] + first
-    end = jnp.minimum(position + n, batch.cache_lengths[s] + batch.new[s])
-    start = 0 if sliding_window is None else jnp.maximum(0, position - sliding_window + 1)
-    first_needed, last_needed = start // page_size, (end - 1) // page_size
+    to_position = batch.cache_lengths[s] - batch.row_offsets[s]
+    position = jnp.repeat(row + to_position + jnp.arange(n), N // K)[:, None]
+    first, last = first + to_position, end - 1 + to_position
+    start = 0 if sliding_window is None else jnp.maximum(0, first - sliding_window + 1)
+    first_page, last_page = start // page_size, last // page_size
     table = batch.page_table[s]
-    position = jnp.repeat(position + jnp.arange(n), N // K)[:, None]
 
-    def body(i, carry):
+    def add_block(carry, base, size, edge):
+        """Softmax over the blocks so far (max, sum, weighted values), with positions base to base + size added."""
         m, l, acc = carry
-        needed = jnp.clip(i * block_pages + jnp.arange(block_pages), first_needed, last_needed)
-        kv = pages[batch.first_page + table[needed]]
-        kv = kv.transpose(1, 0, 2, 3).reshape(K, block, lanes)
-        j = i * block + jnp.arange(block)
-        live = ((j >= start) & (j < end))[:, None] & (jnp.arange(lanes) < 2 * H)
-        kv = jnp.where(live, kv, 0).astype(dtype)
+        index = base // page_size + jnp.arange(size // page_size)
+        kv = pages[batch.first_page + table[jnp.clip(index, first_page, last_page)]]
+        kv = kv.transpose(1, 0, 2, 3).reshape(K, size, lanes)
+        j = base + jnp.arange(size)
+        if edge:
+            kv = jnp.where(((j >= start) & (j <= last))[:, None], kv, 0)
+        if lanes > 2 * H:
+            kv = jnp.where(jnp.arange(lanes) < 2 * H, kv, 0)
+        kv = kv.astype(dtype)
         keys, values = (kv, kv) if whole else (kv[..., :H], kv[..., H : 2 * H])
         scores = scale * dot("krh,kbh->krb", rows, keys)
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
-        seen = j <= position
-        if sliding_window is not None:
-            seen &= j > position - sliding_window
-        scores = jnp.where(seen, scores, NO_SCORE)
+        if edge:
+            seen = j <= position
+            if sliding_window is not None:
+                seen &= j > position - sliding_window
+            scores = jnp.where(seen, scores, NO_SCORE)
         m_next = jnp.maximum(m, scores.max(-1))
         p = jnp.exp(scores - m_next[..., None])
         shrink = jnp.exp(m - m_next)
         acc = shrink[..., None] * acc + dot("krb,kbh->krh", p.astype(dtype), values)
         return m_next, shrink * l + p.sum(-1), acc
 
+    # Positions that all tokens of the tile see go in large blocks without a mask, the edges in small blocks.
+    small = -(-SMALL_BLOCK // page_size) * page_size
+    large = max(1, LARGE_BLOCK // small) * small
+    seen_by_all = 0 if sliding_window is None else -(-jnp.maximum(0, last - sliding_window + 1) // small)
+    n_large = jnp.maximum(0, (first + 1) // small - seen_by_all) // (large // small)
+    skipped = n_large * (large // small)
+    n_small = last // small + 1 - start // small - skipped
+
+    def edge(i, carry):
+        i += start // small
+        return add_block(carry, jnp.where((i >= seen_by_all), i + skipped, i) * small, small, edge=True)
+
+    def inner(i, carry):
+        return add_block(carry, seen_by_all * small + i * large, large, edge=False)
+
     m = jnp.full(rows.shape[:2], NO_SCORE, jnp.float32)
     carry = m, jnp.zeros_like(m), jnp.zeros((*m.shape, lanes if whole else H), jnp.float32)
-    _, l, acc = lax.fori_loop(start // block, -(-end // block), body, carry)
-    out = acc[..., H : 2 * H] if whole else acc
-    out = out / l[..., None]
-    return out.reshape(K, n, N // K, H).transpose(1, 0, 2, 3).reshape(n, N, H)
+    carry = lax.fori_loop(0, n_large, inner, carry)
+    _, l, acc = lax.fori_loop(0, n_small, edge, carry)
+    out = (acc[..., H : 2 * H] if whole else acc) / l[..., None]
+    return out.reshape(K, n, N // K, H).transpose(1, 0, 2, 3).reshape(n, N, H).astype(q.dtype)
