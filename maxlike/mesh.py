@@ -108,12 +108,12 @@ def make_mesh(devices: Sequence[DeviceRef | jax.Device] | None = None, *, n_head
                 f"Tensor-parallel size {n} does not fit a model with {n_heads} heads and {n_kv_heads} KV heads{also}. "
                 f"A size must divide {n_heads}{''.join(f' and {size}' for size in dimensions.values())}, and divide "
                 f"{n_kv_heads} or be a multiple of it. Legal sizes: {', '.join(map(str, legal))}.")
+    shape: tuple[int, ...] = (n,)
+    names: tuple[str, ...] = ("model",)
     if n_kv_heads is not None and n > n_kv_heads:
         shape, names = (n_kv_heads, n // n_kv_heads), ("kv", "rep")
         if n % n_kv_heads:
             raise ValueError(f"{n} devices cannot be factored over {n_kv_heads} KV heads; use a multiple of it.")
-    else:
-        shape, names = (n,), ("model",)
     return jax.make_mesh(shape, names, axis_types=(AxisType.Explicit,) * len(shape), devices=resolved)
 
 

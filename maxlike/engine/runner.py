@@ -63,7 +63,8 @@ class ModelRunner:
             sampling: for all sequences.
             draw: number of this draw; with the seed it decides the random numbers.
         """
-        next_tokens, self.pages = self.compile(tokens.shape[0])(
+        step = self.compile(tokens.shape[0])
+        next_tokens, self.pages = step(
             self.leaves, self.pages, tokens, row_offsets, cache_lengths, page_table, np.float32(sampling.temperature),
             np.int32(sampling.top_k), np.float32(sampling.top_p), np.uint32(sampling.seed), np.int32(draw))
         return next_tokens
@@ -72,7 +73,8 @@ class ModelRunner:
               cache_lengths: jax.Array, page_table: jax.Array, temperature: jax.Array, top_k: jax.Array,
               top_p: jax.Array, seed: jax.Array, draw: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
-        (logits,), pages = model(tokens, (pages, cache_lengths, page_table), None, row_offsets)
+        (logits,), written = model(tokens, (pages, cache_lengths, page_table), None, row_offsets)
+        assert written is not None
         with jax.sharding.use_abstract_mesh(model.mesh.abstract_mesh):
             key = jax.random.fold_in(jax.random.key(seed), draw)
-            return sample(logits, temperature, top_k, top_p, key), pages
+            return sample(logits, temperature, top_k, top_p, key), written

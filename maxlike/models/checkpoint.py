@@ -116,6 +116,7 @@ def _read_array(checkpoint: Checkpoint, files: list[str], stacked: bool, param: 
     shards: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
     arrays = []
     for device, index in sharding.addressable_devices_indices_map(abstract.shape).items():
+        assert index is not None
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, abstract.shape, strict=True))
         if bounds not in shards:
             shards.clear()  # devices come shard by shard at best; never hold two on the host for an accelerator

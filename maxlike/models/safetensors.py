@@ -253,11 +253,7 @@ def write_checkpoint(
             path.unlink()
 
 
-def _write_file(
-    path: Path,
-    tensors: list[_Source],
-    metadata: Mapping[str, str],
-) -> None:
+def _write_file(path: Path, tensors: list[_Source], metadata: Mapping[str, str]) -> None:
     # Wide dtypes first, so that every tensor is aligned for readers that map the file.
     tensors = sorted(tensors, key=lambda tensor: -tensor[2].itemsize)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -335,11 +331,7 @@ def _read_header(path: Path, fd: int) -> tuple[list[TensorInfo], set[str], list[
     except (ValueError, RecursionError) as error:
         return [], set(), [f"{path}: no safetensors file, or damaged: its header is not JSON ({error})"]
     if not isinstance(header, dict):
-        return (
-            [],
-            set(),
-            [f"{path}: no safetensors file: its header is a JSON {type(header).__name__}, no object"],
-        )
+        return [], set(), [f"{path}: no safetensors file: its header is a JSON {type(header).__name__}, no object"]
     header.pop("__metadata__", None)
 
     base = 8 + length
@@ -362,9 +354,7 @@ def _read_header(path: Path, fd: int) -> tuple[list[TensorInfo], set[str], list[
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes != end - begin:
             span = f"its data_offsets [{begin}, {end}] span {end - begin}"
-            problems.append(
-                f"{path}: tensor {name!r}: {dtype_name}{list(shape)} takes {nbytes} bytes, {span}"
-            )
+            problems.append(f"{path}: tensor {name!r}: {dtype_name}{list(shape)} takes {nbytes} bytes, {span}")
             continue
         tensors.append(TensorInfo(name, path, dtype, shape, base + begin, nbytes))
     for dtype_name, names in unknown.items():
@@ -379,9 +369,7 @@ def _read_header(path: Path, fd: int) -> tuple[list[TensorInfo], set[str], list[
         position = max(position, end)
     if base + position > size:
         cut = [f"{name}: bytes {base + b} to {base + e}" for b, e, name in sorted(spans) if base + e > size]
-        problems.append(
-            f"{path}: cut short: it ends at byte {size} of {base + position}, inside {_some(cut)}"
-        )
+        problems.append(f"{path}: cut short: it ends at byte {size} of {base + position}, inside {_some(cut)}")
     elif base + position < size and len(spans) == len(header):
         problems.append(f"{path}: the last tensor ends at byte {base + position}, the file at byte {size}")
     return tensors, header.keys() - {info.name for info in tensors}, problems

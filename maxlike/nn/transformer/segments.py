@@ -167,12 +167,12 @@ def first_difference(a: Any, b: Any, path: str = "layer") -> str | None:
         return f"{path} ({type(a).__name__}, {type(b).__name__})"
     if isinstance(a, nnx.Module):
         parts, others = vars(a), vars(b)
-    elif isinstance(a, (list, tuple)):
-        parts, others = dict(enumerate(a)), dict(enumerate(b))
+    elif isinstance(a, list | tuple):
+        parts, others = ({str(i): item for i, item in enumerate(items)} for items in (a, b))
     else:
         return None if a == b else f"{path} ({a}, {b})"
     for name in [*parts, *(name for name in others if name not in parts)]:
-        if str(name).startswith("_pytree__"):
+        if name.startswith("_pytree__"):
             continue
         if name not in parts or name not in others:
             return f"{path}.{name} (only one has it)"
@@ -181,8 +181,8 @@ def first_difference(a: Any, b: Any, path: str = "layer") -> str | None:
     return None
 
 
-def named_parameters(model: nnx.Module) -> Iterator[tuple[list[str], bool, nnx.Param]]:
-    """Every parameter of a model with `segments`, each once: (its names, whether it is stacked, itself).
+def named_parameters(model: Any) -> Iterator[tuple[list[str], bool, nnx.Param]]:
+    """Every parameter of a `DistributedTransformer`, each once: (its names, whether it is stacked, itself).
 
     Names are dotted and per layer, `layers.3.attention.q_proj.weight`, whichever way the layers execute. A stacked
     parameter has one name for each slice of its first axis, in order; any other has one name.
