@@ -82,7 +82,7 @@ def canonical_names(family: Family, names: Iterable[str], *, tied: bool = False)
     problems = []
     for name, target in canonical.items():
         if target in stored:
-            problems.append(f"tensors {stored[target]!r} and {name!r} are one parameter, {target}; expected one of them")
+            problems.append(f"tensors {stored[target]!r} and {name!r} both mean {target!r}; expected one of them")
         stored[target] = name
     if problems:
         raise CheckpointError(problems)

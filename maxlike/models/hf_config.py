@@ -236,7 +236,8 @@ def read_layers(reader: ConfigReader, default_types: Sequence[str], ropes: Mappi
         reader.problem("layer_types", f"{len(default_types)} (num_hidden_layers) times {FULL} or {SLIDING}")
         types = default_types
     if SLIDING in types and sliding_window is None:
-        reader.problem("layer_types", f"no {SLIDING} where no sliding_window is in use")
+        reader.note(f"{reader.path}sliding_window is not in use, but there are layers of {SLIDING}; "
+                    "expected a positive integer.")
     return tuple(LayerConfig(ropes[t], sliding_window if t == SLIDING else None) for t in types)
 
 
