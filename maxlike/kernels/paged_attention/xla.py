@@ -57,22 +57,16 @@ def ragged_paged_attention(
 
 
 def _write(k, v, pages, batch):
-    """The pages with the step's K and V in them: one small in-place update a token, padding not visited."""
-    T, K, H = k.shape
+    """The pages with the step's K and V in them."""
+    T, _, H = k.shape
     page_size, lanes = pages.shape[2:]
-    kv = jnp.concatenate([k, v], axis=-1).astype(pages.dtype)
-    kv = jnp.pad(kv, ((0, 0), (0, 0), (0, lanes - 2 * H)))
+    kv = jnp.pad(jnp.concatenate([k, v], axis=-1), ((0, 0), (0, 0), (0, lanes - 2 * H)))
     t = jnp.arange(T)
     s = jnp.searchsorted(batch.row_offsets[1:], t, side="right", method="compare_all")
     position = batch.cache_lengths[s] + t - batch.row_offsets[s]
     row = batch.first_page + batch.page_table[s, position // page_size]
-    slot = position % page_size
-
-    def body(t, pages):
-        token = lax.dynamic_slice(kv, (t, 0, 0), (1, K, lanes))[:, :, None, :]
-        return lax.dynamic_update_slice(pages, token, (row[t], 0, slot[t], 0))
-
-    return lax.fori_loop(0, batch.row_offsets[-1], body, pages)
+    row = jnp.where(t < batch.row_offsets[-1], row, pages.shape[0] + t)  # padding is dropped
+    return pages.at[row, :, position % page_size].set(kv.astype(pages.dtype), mode="drop", unique_indices=True)
 
 
 def _attend_tiles(q, pages, batch, out, *, width, n_tiles, **options):
