@@ -32,9 +32,9 @@ def ragged_attention(
     sequences' squared lengths (or length times window), not with T squared. Forward:
     FlashAttention, https://arxiv.org/abs/2205.14135; backward: https://arxiv.org/abs/2307.08691.
 
-    Arrays on a mesh with Explicit axes may be sharded over their heads (dimension 1): k and v over the leading
-    mesh axes of q's, as `("kv",)` is of `("kv", "rep")`. The axes left over divide the query heads of single
-    KV heads, so there each shard must hold one KV head. `row_offsets` is replicated.
+    Arrays on a mesh with Explicit axes may be sharded over their heads (dimension 1): k and v over the
+    leading mesh axes of q's, as `("kv",)` is of `("kv", "rep")`. The axes left over divide the query heads of
+    single KV heads, so with them each shard must hold one KV head. `row_offsets` is replicated.
 
     Args:
       q: float[T, N, H], float32 or bfloat16.
@@ -51,14 +51,12 @@ def ragged_attention(
     Raises:
       ValueError: shapes or shardings do not fit together, or a window or a cap is not positive.
     """
-    _check(q, k, v, row_offsets, sliding_window, soft_cap)
-    attend = functools.partial(
-        blockwise_attention, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap
-    )
     row_offsets = jnp.asarray(row_offsets)
+    _check(q, k, v, row_offsets, sliding_window, soft_cap)
+    attend = functools.partial(blockwise_attention, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
     mesh = jax.typeof(q).sharding.mesh
     # Axes that are Manual already belong to a shard_map around us: what we see is one shard of theirs.
-    axes = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit}
+    axes = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
     if not axes:
         return attend(q, k, v, row_offsets)
     q_spec, kv_spec = _head_specs(q, k, v, mesh)
@@ -75,7 +73,7 @@ def ragged_attention(
     return sharded(q, k, v, row_offsets)
 
 
-def _check(q, k, v, row_offsets, sliding_window, soft_cap) -> None:
+def _check(q, k, v, row_offsets, sliding_window, soft_cap):
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or k.shape[::2] != q.shape[::2]:
         raise ValueError(
             f"q, k and v have shapes {q.shape}, {k.shape} and {v.shape}; expected [T, N, H], [T, K, H] and [T, K, H]"
@@ -85,7 +83,8 @@ def _check(q, k, v, row_offsets, sliding_window, soft_cap) -> None:
             f"{q.shape[1]} query heads cannot share {k.shape[1]} KV heads evenly; "
             "the number of KV heads must divide the number of query heads"
         )
-    if jnp.ndim(row_offsets) != 1 or len(row_offsets) < 2 or not jnp.issubdtype(row_offsets.dtype, jnp.integer):
+    integers = jnp.issubdtype(row_offsets.dtype, jnp.integer)
+    if row_offsets.ndim != 1 or len(row_offsets) < 2 or not integers:
         raise ValueError(
             f"row_offsets is {row_offsets.dtype}{list(row_offsets.shape)}; expected int32[S + 1] with S at least 1"
         )
@@ -95,8 +94,8 @@ def _check(q, k, v, row_offsets, sliding_window, soft_cap) -> None:
         raise ValueError(f"soft_cap is {soft_cap}; expected a positive number, or None for no cap")
 
 
-def _head_specs(q, k, v, mesh) -> tuple[jax.P, jax.P]:
-    """The specs of q and of k and v, once it is sure that every shard finds its query heads' KV heads locally."""
+def _head_specs(q, k, v, mesh):
+    """The specs of q and of k and v, once it is sure that every shard holds its query heads' KV heads."""
     specs = [jax.typeof(x).sharding.spec for x in (q, k, v)]
     given = f"q, k and v are sharded as {specs[0]}, {specs[1]} and {specs[2]}"
     if any(_axes(spec, dim) for spec in specs for dim in (0, 2)):
@@ -108,8 +107,8 @@ def _head_specs(q, k, v, mesh) -> tuple[jax.P, jax.P]:
     q_shards = math.prod(mesh.shape[axis] for axis in q_axes)
     if q_shards > kv_shards and k.shape[1] != kv_shards:
         raise ValueError(
-            f"{given}: {q_shards} shards of the query heads, and {kv_shards} of the {k.shape[1]} KV heads; where "
-            "shards share KV heads each must hold exactly one: shard k and v over as many devices as KV heads"
+            f"{given}: {q_shards} shards of the query heads, and {kv_shards} of the {k.shape[1]} KV heads; "
+            "where shards share KV heads each must hold exactly one: shard k and v over as many devices as KV heads"
         )
     return jax.P(None, q_axes or None), jax.P(None, k_axes or None)
 

@@ -7,12 +7,12 @@ denominator are saved; the backward pass works the weights out again, block by b
 https://arxiv.org/abs/2307.08691).
 
 What a query sees is one number: sequences are contiguous and attention is causal, so the query at position p
-sees the keys `first_visible[p] .. p`. A token that belongs to no sequence has its first visible key beyond all keys.
+sees the keys `first_visible[p] .. p`. A token of no sequence has its first visible key beyond all keys.
 
 For blocks of B tokens, with G query heads to a KV head, queries are [blocks, K, G * B, H] and keys and values
-[blocks, K, B, H]: each product is a batch over KV heads of plain matrix products, and nothing is transposed inside
-the loops. Blocks are float32 whatever the inputs are, because XLA:CPU in jax 0.10.2 reads or writes a slice of a
-bfloat16 array by converting the whole array.
+[blocks, K, B, H]: each product is a batch over KV heads of plain matrix products, and nothing is transposed
+inside the loops. Blocks are float32 whatever the inputs are, because XLA:CPU in jax 0.10.2 reads or writes a
+slice of a bfloat16 array by converting the whole array.
 """
 
 import functools
@@ -47,8 +47,8 @@ def blockwise_attention(
     inside = (position >= row_offsets[0]) & (position < row_offsets[-1])
     first_visible = jnp.where(inside, first_visible, jnp.iinfo(jnp.int32).max)
 
-    # Hiding a key gives it no weight, but zero times NaN is NaN: what the padding holds must go, and so must the
-    # gradients that come in for it, which the derivative of the last line sees to.
+    # Hiding a key gives it no weight, but zero times NaN is NaN: what the padding holds must go, and so must
+    # the gradients that come in for it, which the derivative of the last line sees to.
     def blank(x):
         return jnp.where(inside[:, None, None], x, 0)
 
@@ -57,17 +57,14 @@ def blockwise_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attend(q, k, v, first_visible, scale, soft_cap):
-    """Causal attention where the query at p sees keys first_visible[p] .. p; anything finite where it sees none."""
+    """Attention where the query at p sees keys first_visible[p] .. p; anything finite where it sees none."""
     return _forward(q, k, v, first_visible, scale, soft_cap)[0]
 
 
 def _forward(q, k, v, first_visible, scale, soft_cap):
-    tokens, kv_heads, width = k.shape
-    block = _block_size(tokens)
     dot = _dot_for(q.dtype)
-    queries = _to_blocks(q, kv_heads, block) * scale
-    keys, values = _to_blocks(k, kv_heads, block), _to_blocks(v, kv_heads, block)
-    first_visible = _visible_blocks(first_visible, block)
+    queries, keys, values = _to_blocks(q, k) * scale, _to_blocks(k, k), _to_blocks(v, k)
+    first_visible = _visible_blocks(first_visible)
 
     def query_block(args):
         index, queries, first = args
@@ -83,9 +80,9 @@ def _forward(q, k, v, first_visible, scale, soft_cap):
             acc = decay[..., None] * acc + dot("kxb,kbh->kxh", _flat(weights), values[j]).reshape(acc.shape)
             return new_top, total, acc
 
-        rows = (kv_heads, queries.shape[1] // block, block)
-        start = jnp.full(rows, _HIDDEN), jnp.zeros(rows), jnp.zeros((*rows, width))
-        top, total, acc = lax.fori_loop(first.min() // block, index + 1, visit, start)
+        acc = jnp.zeros((len(queries), queries.shape[1] // len(first), len(first), queries.shape[2]))
+        start = jnp.full(acc.shape[:-1], _HIDDEN), jnp.zeros(acc.shape[:-1]), acc
+        top, total, acc = lax.fori_loop(first.min() // len(first), index + 1, visit, start)
         total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)  # zero where no block was visited
         return _flat(acc / total[..., None]), top + jnp.log(total)
 
@@ -96,14 +93,11 @@ def _forward(q, k, v, first_visible, scale, soft_cap):
 
 def _backward(scale, soft_cap, saved, d_out):
     q, k, v, first_visible, out, log_total = saved
-    tokens, kv_heads, _ = k.shape
-    block = _block_size(tokens)
     dot = _dot_for(q.dtype)
-    queries = _to_blocks(q, kv_heads, block) * scale
-    keys, values = _to_blocks(k, kv_heads, block), _to_blocks(v, kv_heads, block)
-    d_outs = _to_blocks(d_out, kv_heads, block)
+    queries, keys, values = _to_blocks(q, k) * scale, _to_blocks(k, k), _to_blocks(v, k)
+    d_outs = _to_blocks(d_out, k)
     # sum_j weight_j * d_weight_j, which the softmax's derivative subtracts, equals out . d_out.
-    delta = (d_outs * _to_blocks(out, kv_heads, block)).sum(-1).reshape(log_total.shape)
+    delta = (d_outs * _to_blocks(out, k)).sum(-1).reshape(log_total.shape)
 
     def query_block(d_kv, args):
         index, queries, first, log_total, d_outs, delta = args
@@ -120,7 +114,7 @@ def _backward(scale, soft_cap, saved, d_out):
             return d_queries, d_keys, d_values
 
         start = jnp.zeros_like(queries), *d_kv
-        d_queries, *d_kv = lax.fori_loop(first.min() // block, index + 1, visit, start)
+        d_queries, *d_kv = lax.fori_loop(first.min() // len(first), index + 1, visit, start)
         return tuple(d_kv), d_queries
 
     (d_keys, d_values), d_queries = lax.scan(
@@ -145,7 +139,7 @@ def _scores(dot, queries, keys, soft_cap):
 
 
 def _visible(first, query_block, key_block):
-    """Which keys of one block the queries of another see: bool[B, B]; `first` is theirs of `first_visible`."""
+    """Which keys of one block the queries of another, whose first visible keys are `first`, see: bool[B, B]."""
     block = len(first)
     query = query_block * block + lax.broadcasted_iota(jnp.int32, (block, block), 0)
     key = key_block * block + lax.broadcasted_iota(jnp.int32, (block, block), 1)
@@ -153,36 +147,40 @@ def _visible(first, query_block, key_block):
 
 
 def _dot_for(dtype):
-    """Products of float32 blocks, as exact as inputs of `dtype` deserve: on TPU the default rounds to bfloat16."""
+    """Products of float32 blocks, exact where `dtype` is float32; TPU and GPU have faster ones for the others."""
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
     return functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _block_size(tokens: int) -> int:
-    return max(1, min(BLOCK, tokens))
+def _cut(tokens: int) -> tuple[int, int]:
+    """How many blocks, at least one, and of how many tokens."""
+    block = max(1, min(BLOCK, tokens))
+    return max(1, math.ceil(tokens / block)), block
 
 
-def _visible_blocks(first_visible, block):
-    """int32[T] -> int32[blocks, B]; the tokens that fill the last block see nothing."""
-    padding = -len(first_visible) % block
-    return jnp.pad(first_visible, (0, padding), constant_values=jnp.iinfo(jnp.int32).max).reshape(-1, block)
-
-
-def _to_blocks(x, kv_heads, block):
-    """[T, K * G, H] -> float32[blocks, K, G * B, H], with zeros after the last token."""
+def _to_blocks(x, k):
+    """[T, K * G, H] -> float32[blocks, K, G * B, H], with zeros after the last token; `k` has the K heads."""
     tokens, heads, width = x.shape
-    blocks = math.ceil(tokens / block)
+    kv_heads = k.shape[1]
+    blocks, block = _cut(tokens)
     x = jnp.pad(x, ((0, blocks * block - tokens), (0, 0), (0, 0)))
     x = x.reshape(blocks, block, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
     return x.reshape(blocks, kv_heads, -1, width).astype(jnp.float32)
 
 
+def _visible_blocks(first_visible):
+    """int32[T] -> int32[blocks, B]; the tokens that fill the last block see nothing."""
+    blocks, block = _cut(len(first_visible))
+    padding = (0, blocks * block - len(first_visible))
+    return jnp.pad(first_visible, padding, constant_values=jnp.iinfo(jnp.int32).max).reshape(blocks, block)
+
+
 def _from_blocks(x, like):
     """What `_to_blocks` made of an array such as `like`, in that array's shape and dtype."""
     tokens, heads, width = like.shape
-    blocks, kv_heads, rows, _ = x.shape
-    group = heads // kv_heads
-    x = x.reshape(blocks, kv_heads, group, rows // group, width).transpose(0, 3, 1, 2, 4)
+    blocks, block = _cut(tokens)
+    kv_heads = x.shape[1]
+    x = x.reshape(blocks, kv_heads, heads // kv_heads, block, width).transpose(0, 3, 1, 2, 4)
     return x.reshape(-1, heads, width)[:tokens].astype(like.dtype)
 
 
