@@ -179,7 +179,7 @@ def _info(args: argparse.Namespace) -> None:
           f"{config.num_attention_heads} heads, {config.num_key_value_heads} KV heads of {config.head_dim}, "
           f"vocabulary {config.vocab_size}, up to {config.max_position_embeddings} tokens")
     print(f"mesh        {_describe(mesh)}")
-    dtype = compute_dtype(args.dtype or config.dtype)
+    dtype = compute_dtype(config, args.dtype)
     kv_params = default_kv_params(config, mesh, dtype)
     print(f"weights     {dtype}")
     print(f"KV cache    {kv_params.dtype.__name__ if isinstance(kv_params.dtype, type) else kv_params.dtype}, pages of "

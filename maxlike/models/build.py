@@ -71,7 +71,7 @@ def build_model(config: TransformerConfig, *, devices: Devices | None = None, dt
         ValueError: the mesh or dtype does not fit the model.
     """
     mesh = mesh_for(config, devices)
-    dtype = compute_dtype(config.dtype if dtype is None else dtype)
+    dtype = compute_dtype(config, dtype)
     rngs = nnx.Rngs(0) if rngs is None else rngs
     kv_params = default_kv_params(config, mesh, dtype) if kv_params is None else kv_params
     if use_subgraphs is None:
@@ -115,18 +115,17 @@ def layer_groups(config: TransformerConfig) -> list[list[int]]:
     return [[i for i, layer in enumerate(config.layers) if layer == kind] for kind in kinds]
 
 
-def compute_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """float32 or bfloat16; a checkpoint's float16 is computed in bfloat16.
+def compute_dtype(config: TransformerConfig, dtype: DTypeLike | None) -> jnp.dtype:
+    """What a model computes in: `dtype`, or with `None` the checkpoint's, bfloat16 standing in for its float16.
 
     Raises:
-        ValueError: any other dtype.
+        ValueError: `dtype` is neither float32 nor bfloat16.
     """
-    given = jnp.dtype(dtype)
-    if given == jnp.float16:
-        given = jnp.dtype(jnp.bfloat16)
-    if given not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"Models compute in float32 or bfloat16; got {given}.")
-    return given
+    if dtype is None:
+        return jnp.dtype(jnp.float32 if config.dtype == "float32" else jnp.bfloat16)
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"Models compute in float32 or bfloat16; got {jnp.dtype(dtype)}.")
+    return jnp.dtype(dtype)
 
 
 class SoftCap(nnx.Module):

@@ -164,21 +164,32 @@ def save_model(model: DistributedTransformer, config: TransformerConfig, folder:
     """
     folder = Path(folder)
     family = family_of({"model_type": config.model_type})
+    shapes, meant = _shapes(model), _shapes(nnx.eval_shape(partial(build_model, config, devices=model.mesh)))
+    if differing := [name for name in {**meant, **shapes} if shapes.get(name) != meant.get(name)]:
+        name = differing[0]
+        raise ValueError(
+            f"The model is not the config's: {name} has shape {shapes.get(name, 'none')} in the model and "
+            f"{meant.get(name, 'none')} by the config ({len(differing)} parameter{'s' * (len(differing) > 1)} differ). "
+            "Save a model with the config that it was built from.")
     tensors = []
     for names, stacked, param in named_parameters(model):
         value = param.get_value()
-        logical = tuple(param.get_metadata("logical_shape"))
         for i, name in enumerate(names):
-            tensors.append((hf_name(family, name), logical, np.dtype(value.dtype),
-                            partial(_fetch, value, i if stacked else None, logical)))
-    written = next(iter(tensors))[2]
+            tensors.append((hf_name(family, name), shapes[name], np.dtype(value.dtype),
+                            partial(_fetch, value, i if stacked else None, shapes[name])))
+    config_json = unparse_config(replace(config, dtype=tensors[0][2].name))
     folder.mkdir(parents=True, exist_ok=True)
     write_checkpoint(folder, tensors, max_shard_bytes=max_shard_bytes)
-    config_json = unparse_config(replace(config, dtype=written.name))
     (folder / "config.json").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids) or None}
     generation = {key: value for key, value in generation.items() if value is not None}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+
+
+def _shapes(model: DistributedTransformer) -> dict[str, tuple[int, ...]]:
+    """Parameter name -> shape in checkpoints."""
+    return {name: tuple(param.get_metadata("logical_shape"))
+            for names, _, param in named_parameters(model) for name in names}
 
 
 def _fetch(value: jax.Array, layer: int | None, logical: tuple[int, ...]) -> np.ndarray:
