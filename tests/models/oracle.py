@@ -84,6 +84,8 @@ def all_logits(model: transformers.PreTrainedModel, tokens: Sequence[int]) -> np
 
 
 def load(folder: Path) -> transformers.PreTrainedModel:
-    """The model that `transformers` makes of a checkpoint folder, in float32 with eager attention."""
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager").eval()
+    """What `transformers` makes of a checkpoint folder, in float32 with eager attention. It must miss nothing there."""
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
+    assert not any(told.values()), told
+    return model.eval()

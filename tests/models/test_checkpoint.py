@@ -100,8 +100,8 @@ def test_meshes_hold_the_same_numbers_each_device_its_share(n_devices: int, use_
         {"kv": 2, "rep": n_devices // 2} if n_devices > 2 else {"model": n_devices})
     assert_same(parameters(model), parameters(maxlike.load(llama[0], devices=devices[:1], use_subgraphs=False)))
 
-    cut = {"embedding": (1003, 64), "output": (1003, 64), "q_proj": (128, 64), "o_proj": (64, 128), "gate_proj": (72, 64),
-           "up_proj": (72, 64), "down_proj": (64, 72), "k_proj": (32, 64), "v_proj": (32, 64)}
+    cut = {"embedding": (1003, 64), "output": (1003, 64), "q_proj": (128, 64), "k_proj": (32, 64), "v_proj": (32, 64),
+           "o_proj": (64, 128), "gate_proj": (72, 64), "up_proj": (72, 64), "down_proj": (64, 72)}
     for names, stacked, param in named_parameters(model):
         module, leaf = names[0].split(".")[-2:]
         if leaf != "weight" or module not in cut:

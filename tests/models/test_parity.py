@@ -20,6 +20,7 @@ import pytest
 
 import maxlike
 from maxlike import ReturnLogits
+from maxlike.models import parse_config, save_model
 
 STEPS = 16
 PROMPT_LENGTHS = (5, 1, 58, 23)  # pages hold 64 tokens: the third crosses into its second while decoding
@@ -133,6 +134,21 @@ def test_the_other_way_of_running_them(name: str, oracle: Any, tmp_path: Path, d
     theirs = write(case, oracle, tmp_path)
     n_devices = 1 if case.n_devices > 1 else case.config.get("text_config", case.config)["num_key_value_heads"] * 2
     check(theirs, tmp_path, oracle, devices[:n_devices], not case.use_subgraphs, True)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.model_type != "phi3"])
+def test_what_is_saved_is_the_same_model_to_transformers(name: str, oracle: Any, tmp_path: Path,
+                                                         devices: list[jax.Device]) -> None:
+    """Read from sharded files, on several devices, written again: config and every tensor, to the last bit."""
+    case = CASES[name]
+    theirs = oracle.random_model(case.model_type, **case.config)
+    theirs.save_pretrained(tmp_path / "given", max_shard_size="100KB")
+    assert len([*(tmp_path / "given").glob("*.safetensors")]) > 3
+    model = maxlike.load(tmp_path / "given", devices=devices[:case.n_devices], use_subgraphs=case.use_subgraphs)
+    save_model(model, parse_config(tmp_path / "given")[0], tmp_path / "saved", max_shard_bytes=100_000)
+    tokens = np.random.default_rng(0).integers(0, 1000, 40).tolist()
+    np.testing.assert_array_equal(oracle.all_logits(oracle.load(tmp_path / "saved"), tokens),
+                                  oracle.all_logits(theirs, tokens))
 
 
 def soft_cap_scores(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
