@@ -20,7 +20,7 @@ from jax import P
 from jax.sharding import Mesh
 
 from maxlike.mesh import Devices, as_mesh, distribute_value
-from maxlike.nn.attention import AttentionMetadata
+from maxlike.nn.attention import AttentionMetadata, AttentionWithRope
 from maxlike.nn.kv_cache import KVCacheParams, PagedKVCacheCollection
 from maxlike.nn.linear import DistributedGemmConfig, RowParallelLinear
 from maxlike.nn.module import Module
@@ -140,6 +140,7 @@ class DistributedTransformer(Module):
         self.rope, self.return_logits = rope, ReturnLogits(return_logits)
         self.segments = nnx.List(make_segments(layers, subgraph_layer_groups, use_subgraphs))
         check_mesh(self, self.mesh)
+        self._check_parts()
 
     def __call__(self, tokens: jax.Array | np.ndarray, kv_cache_inputs: tuple[Any, Any, Any] | None,
                  return_n_logits: int | None, input_row_offsets: jax.Array | np.ndarray,
@@ -180,6 +181,18 @@ class DistributedTransformer(Module):
         pages, *rest = (None,) if kv_cache_inputs is None else kv_cache_inputs
         graphdef, state = nnx.split(self)
         return _jitted("_hidden_states", graphdef, state, pages, tuple(rest), tokens, offsets)
+
+    def _check_parts(self) -> None:
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            width = jax.eval_shape(self.embedding, jax.ShapeDtypeStruct((1,), jnp.int32)).shape[-1]
+        if width != self.dim:
+            raise ValueError(f"dim={self.dim} was given, but the embedding gives rows of {width}.")
+        expected = dict(n_heads=self.n_heads, n_kv_heads=self.kv_params.n_kv_heads, head_dim=self.kv_params.head_dim)
+        for _, part in nnx.iter_modules(self.segments):
+            if isinstance(part, AttentionWithRope):
+                its = {name: getattr(part, name) for name in expected}
+                if its != expected:
+                    raise ValueError(f"By n_heads and kv_params attention has {expected}, but a layer has {its}.")
 
     def _check_batch(self, tokens: Any, row_offsets: Any) -> tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]:
         tokens, row_offsets = (x if isinstance(x, jax.Array) else np.asarray(x, np.int32)
