@@ -8,14 +8,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import P
 from jax.typing import DTypeLike
 
 from maxlike.kernels.ragged_attention import ragged_attention
 from maxlike.mesh import Devices, ShardingRules, as_mesh
 from maxlike.nn.kv_cache import PagedKVCacheCollection
 from maxlike.nn.linear import ColumnParallelLinear, RowParallelLinear
-from maxlike.nn.module import Module
+from maxlike.nn.module import Module, on_mesh_of
 from maxlike.nn.norm import RMSNorm
 from maxlike.nn.rotary_embedding import RotaryEmbedding, apply_rotary
 
@@ -99,10 +98,11 @@ class AttentionWithRope(Module):
         Without a collection, tokens attend to those of their own sequence in this batch.
         """
         tokens = x.shape[0]
-        q = jnp.reshape(self.q_proj(x), (tokens, self.n_heads, self.head_dim),
-                        out_sharding=P(None, self.q_axes, None))  # [T, N, H]
-        k, v = (jnp.reshape(y, (tokens, self.n_kv_heads, self.head_dim), out_sharding=P(None, self.kv_axes, None))
-                for y in (self.k_proj(x), self.v_proj(x)))  # [T, K, H]
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q = jnp.reshape(q, (tokens, self.n_heads, self.head_dim),
+                        out_sharding=on_mesh_of(q, None, self.q_axes, None))  # [T, N, H]
+        k, v = (jnp.reshape(y, (tokens, self.n_kv_heads, self.head_dim),
+                            out_sharding=on_mesh_of(y, None, self.kv_axes, None)) for y in (k, v))  # [T, K, H]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = metadata.freqs if self.rope is None else self.rope(metadata.positions)
@@ -114,5 +114,5 @@ class AttentionWithRope(Module):
             out, kv_collection = kv_collection.attend(
                 q, k, v, layer_index, metadata.row_offsets, scale=self.scale,
                 sliding_window=self.sliding_window, soft_cap=self.logit_soft_cap)
-        out = jnp.reshape(out, (tokens, self.n_heads * self.head_dim), out_sharding=P(None, self.q_axes))
+        out = jnp.reshape(out, (tokens, self.n_heads * self.head_dim), out_sharding=on_mesh_of(out, None, self.q_axes))
         return self.o_proj(out), kv_collection

@@ -5,11 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import P
 from jax.typing import DTypeLike
 
 from maxlike.mesh import Devices, ShardingRules, as_mesh
-from maxlike.nn.module import Module, create_param
+from maxlike.nn.module import Module, create_param, on_mesh_of
 
 
 class VocabParallelEmbedding(Module):
@@ -34,5 +33,5 @@ class VocabParallelEmbedding(Module):
         """`int32[T] -> [T, hidden_dim]` in the weight's dtype."""
         weight = self.weight.get_value()
         ids = jnp.clip(tokens, 0, self.vocab_size - 1)
-        x = weight.at[ids].get(mode="promise_in_bounds", out_sharding=P(None, None))
+        x = weight.at[ids].get(mode="promise_in_bounds", out_sharding=on_mesh_of(weight, None, None))
         return x if self.scale is None else x * jnp.asarray(self.scale, x.dtype)

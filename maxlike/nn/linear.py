@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import P
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from maxlike.kernels.collective_matmul import matmul_allreduce
 from maxlike.mesh import Devices, ShardingRules, as_mesh
-from maxlike.nn.module import Module, create_param
+from maxlike.nn.module import Module, create_param, on_mesh_of
 
 _lecun_normal = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
 
@@ -36,7 +36,7 @@ _MIN_ROWS = 4
 """XLA:CPU widens the whole of a bfloat16 weight to multiply it with a single row; several rows go ten times faster."""
 
 
-def matmul(x: jax.Array, weight: jax.Array, out_sharding: P | None = None) -> jax.Array:
+def matmul(x: jax.Array, weight: jax.Array, out_sharding: NamedSharding | None = None) -> jax.Array:
     """`x @ weight.T`, accumulated in float32: `[T, I], [O, I] -> [T, O]` in `x.dtype`."""
     rows = x.shape[0]
     if rows < _MIN_ROWS:
@@ -82,7 +82,7 @@ class ColumnParallelLinear(Module):
         y = matmul(x, self.weight.get_value())
         if self.bias is not None:
             y = y + self.bias.get_value()
-        return jax.reshard(y, P(None, None))[:, :self.out_dim] if self.gather_output else y
+        return jax.reshard(y, on_mesh_of(y, None, None))[:, :self.out_dim] if self.gather_output else y
 
 
 class RowParallelLinear(Module):
@@ -110,5 +110,5 @@ class RowParallelLinear(Module):
         if self.distributed_gemm_config is not None and self.distributed_gemm_config.enable_matmul_allreduce:
             y = matmul_allreduce(x, weight)
         else:
-            y = matmul(x, weight, out_sharding=P(None, None))
+            y = matmul(x, weight, out_sharding=on_mesh_of(weight, None, None))
         return y if self.bias is None else y + self.bias.get_value()

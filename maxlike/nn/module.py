@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,11 @@ class Module(nnx.Module):
         """Dotted parameter path -> `PartitionSpec`, e.g. `{"weight": P("model", None)}`."""
         return {".".join(map(str, path)): jax.typeof(variable.get_value()).sharding.spec
                 for path, variable in nnx.to_flat_state(nnx.state(self, nnx.Param))}
+
+
+def on_mesh_of(array: jax.Array, *spec: Any) -> NamedSharding:
+    """The sharding `P(*spec)` on the mesh that `array` lies on: layers need no mesh in context."""
+    return NamedSharding(jax.typeof(array).sharding.mesh, P(*spec))
 
 
 def create_param(init: Initializer, rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike,

@@ -128,5 +128,7 @@ def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     half = cos.shape[-1]
     cos, sin = cos[:, None, :], sin[:, None, :]
     h = x.astype(jnp.float32)
-    first, second, rest = h[..., :half], h[..., half:2 * half], h[..., 2 * half:]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)
+    first, second = h[..., :half], h[..., half:2 * half]
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    rest = [h[..., 2 * half:]] if 2 * half < h.shape[-1] else []
+    return jnp.concatenate(rotated + rest, axis=-1).astype(x.dtype)
