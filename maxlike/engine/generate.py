@@ -40,8 +40,8 @@ def generate(model: DistributedTransformer, prompt: Sequence[int], max_new_token
         figures: filled in on the way.
 
     Raises:
-        ValueError: the prompt is empty, too long, or holds an id beyond the vocabulary. Raised at the call, not
-            at the first token.
+        ValueError: the prompt is empty, too long, or holds an id beyond the vocabulary, or the model returns other
+            logits. Raised at the call, not at the first token.
     """
     if not prompt:
         raise ValueError("The prompt is empty: give at least one token.")
@@ -54,15 +54,15 @@ def generate(model: DistributedTransformer, prompt: Sequence[int], max_new_token
             raise ValueError(f"The prompt has {len(prompt)} tokens; the model takes at most {max_seq_len}, the new "
                              f"ones counted. Shorten it to {max_seq_len - 1} or fewer.")
         max_new_tokens = min(max_new_tokens, max_seq_len - len(prompt))
-    return _generate(model, np.asarray(prompt, np.int32), max_new_tokens, sampling or SamplingParams(), eos_token_ids,
+    n_pages = model.kv_params.pages_for(len(prompt) + max_new_tokens)
+    runner = ModelRunner(model, n_pages, 1, n_pages)
+    return _generate(runner, np.asarray(prompt, np.int32), max_new_tokens, sampling or SamplingParams(), eos_token_ids,
                      Figures() if figures is None else figures)
 
 
-def _generate(model: DistributedTransformer, prompt: np.ndarray, max_new_tokens: int, sampling: SamplingParams,
+def _generate(runner: ModelRunner, prompt: np.ndarray, max_new_tokens: int, sampling: SamplingParams,
               eos_token_ids: Collection[int], figures: Figures) -> Iterator[int]:
-    n_pages = model.kv_params.pages_for(len(prompt) + max_new_tokens)
-    runner = ModelRunner(model, n_pages, 1, n_pages)
-    table = np.arange(n_pages, dtype=np.int32)[None]
+    table = np.arange(runner.pages_per_sequence, dtype=np.int32)[None]
     chunk = min(PREFILL_CHUNK, 1 << (len(prompt) - 1).bit_length())
     start = time.perf_counter()
     runner.compile(chunk)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,10 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature must be 0 (greedy) or above; got {self.temperature}.")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (all tokens) or above; got {self.top_k}.")
+        if not 0 <= self.temperature <= _LARGEST_FLOAT32:
+            raise ValueError(f"temperature must be 0 (greedy) or above, within float32; got {self.temperature}.")
+        if not 0 <= self.top_k < 2**31:
+            raise ValueError(f"top_k must be 0 (all tokens) or above, within int32; got {self.top_k}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1; got {self.top_p}.")
         if not 0 <= self.seed < 2**32:
