@@ -114,7 +114,9 @@ def test_the_key_decides() -> None:
     (dict(temperature=-0.1), "temperature must be 0 .*got -0.1"),
     (dict(temperature=float("nan")), "temperature must be 0 .*got nan"),
     (dict(temperature=float("inf")), "temperature must be 0 .*got inf"),
+    (dict(temperature=1e39), r"temperature must be 0 .*float32; got 1e\+39"),
     (dict(top_k=-1), "top_k must be 0 .*got -1"),
+    (dict(top_k=2**31), "top_k must be 0 .*int32; got 2147483648"),
     (dict(top_p=0.0), "top_p must be above 0 .*got 0.0"),
     (dict(top_p=1.1), "top_p must be above 0 .*got 1.1"),
     (dict(top_p=float("nan")), "top_p must be above 0 .*got nan"),
@@ -128,4 +130,5 @@ def test_params_out_of_range(wrong: dict[str, Any], says: str) -> None:
 
 def test_params_at_the_ends_of_their_ranges() -> None:
     assert SamplingParams() == SamplingParams(temperature=0, top_k=0, top_p=1, seed=0)
-    SamplingParams(temperature=1e-44, top_k=10**6, top_p=1e-9, seed=2**32 - 1)
+    SamplingParams(temperature=1e-44, top_k=2**31 - 1, top_p=1e-9, seed=2**32 - 1)
+    SamplingParams(temperature=3.4e38)
