@@ -63,7 +63,7 @@ def _attend(q, k, v, first_visible, scale, soft_cap):
 
 def _forward(q, k, v, first_visible, scale, soft_cap):
     dot = _dot_for(q.dtype)
-    queries, keys, values = _to_blocks(q, k) * scale, _to_blocks(k, k), _to_blocks(v, k)
+    queries, keys, values = _to_blocks(q, k), _to_blocks(k, k), _to_blocks(v, k)
     first_visible = _visible_blocks(first_visible)
 
     def query_block(args):
@@ -71,7 +71,7 @@ def _forward(q, k, v, first_visible, scale, soft_cap):
 
         def visit(j, carry):
             top, total, acc = carry
-            scores, _ = _scores(dot, queries, keys[j], soft_cap)
+            scores, _ = _scores(dot, queries, keys[j], scale, soft_cap)
             scores = jnp.where(_visible(first, index, j), scores, _HIDDEN)
             new_top = jnp.maximum(top, scores.max(-1))
             weights = jnp.exp(scores - new_top[..., None])
@@ -94,7 +94,7 @@ def _forward(q, k, v, first_visible, scale, soft_cap):
 def _backward(scale, soft_cap, saved, d_out):
     q, k, v, first_visible, out, log_total = saved
     dot = _dot_for(q.dtype)
-    queries, keys, values = _to_blocks(q, k) * scale, _to_blocks(k, k), _to_blocks(v, k)
+    queries, keys, values = _to_blocks(q, k), _to_blocks(k, k), _to_blocks(v, k)
     d_outs = _to_blocks(d_out, k)
     # sum_j weight_j * d_weight_j, which the softmax's derivative subtracts, equals out . d_out.
     delta = (d_outs * _to_blocks(out, k)).sum(-1).reshape(log_total.shape)
@@ -104,7 +104,7 @@ def _backward(scale, soft_cap, saved, d_out):
 
         def visit(j, carry):
             d_queries, d_keys, d_values = carry
-            scores, slope = _scores(dot, queries, keys[j], soft_cap)
+            scores, slope = _scores(dot, queries, keys[j], scale, soft_cap)
             weights = jnp.where(_visible(first, index, j), jnp.exp(scores - log_total[..., None]), 0)
             d_weights = dot("kxh,kbh->kxb", d_outs, values[j]).reshape(weights.shape)
             d_scores = _flat(weights * (d_weights - delta[..., None]) * slope)
@@ -122,16 +122,18 @@ def _backward(scale, soft_cap, saved, d_out):
         (jnp.zeros_like(keys), jnp.zeros_like(values)),
         (jnp.arange(len(queries)), queries, first_visible, log_total, d_outs, delta),
     )
-    return _from_blocks(d_queries * scale, q), _from_blocks(d_keys, k), _from_blocks(d_values, v), None
+    d_q, d_k, d_v = _from_blocks(d_queries * scale, q), _from_blocks(d_keys * scale, k), _from_blocks(d_values, v)
+    return d_q, d_k, d_v, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _scores(dot, queries, keys, soft_cap):
-    """Scores float32[K, G, B, B] of scaled queries on a block of keys, and their slope in the products."""
+def _scores(dot, queries, keys, scale, soft_cap):
+    """Scores float32[K, G, B, B] of queries on a block of keys, and their slope in the scaled products."""
     kv_heads, block, _ = keys.shape
-    products = dot("kxh,kbh->kxb", queries, keys).reshape(kv_heads, -1, block, block)
+    # Not the queries are scaled: that would round them where products are in bfloat16.
+    products = scale * dot("kxh,kbh->kxb", queries, keys).reshape(kv_heads, -1, block, block)
     if soft_cap is None:
         return products, 1.0
     squashed = jnp.tanh(products / soft_cap)
