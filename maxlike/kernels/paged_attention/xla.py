@@ -1,8 +1,9 @@
 """Ragged paged attention in plain JAX: the path of the CPU, and of every platform without a kernel of its own.
 
-All loops have trip counts found from the actual lengths, so the cost follows the live tokens and never the width of
-the page table: nothing of the size [S, M * page_size] exists. Softmax is accumulated block by block (online
-softmax: Milakov and Gimelshein 2018, arXiv:1805.02867).
+Sequences are cut into tiles of query tokens, one token for those that decode; each tile reads its pages block by
+block and accumulates the softmax as it goes (online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867). All
+loops have trip counts found from the actual lengths, so the cost follows the live tokens and never the width of the
+page table: nothing of the size [S, M * page_size] exists.
 """
 
 import functools
@@ -15,16 +16,6 @@ from jax import lax
 SMALL_BLOCK, LARGE_BLOCK = 64, 256  # tokens of K and V read at a time (a page, if that is larger)
 TILE = 64  # query tokens of one sequence that share the reading of a block
 NO_SCORE = -1e30  # finite: a row that has no score yet then gives exp(0), wiped out by its first real score
-
-
-class _Batch(NamedTuple):
-    """What is known of the ragged batch; `new` is the count of new tokens."""
-
-    cache_lengths: jax.Array  # int32[S]
-    new: jax.Array  # int32[S]
-    row_offsets: jax.Array  # int32[S + 1]
-    page_table: jax.Array  # int32[S, M]
-    first_page: jax.Array  # int32
 
 
 def ragged_paged_attention(
@@ -42,59 +33,112 @@ def ragged_paged_attention(
     soft_cap: float | None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `maxlike.kernels.paged_attention.ragged_paged_attention`."""
-    new = row_offsets[1:] - row_offsets[:-1]
-    batch = _Batch(cache_lengths, new, row_offsets, page_table, first_page)
-    pages = _write(k, v, pages, batch)
+    pages = _write(k, v, pages, cache_lengths, page_table, row_offsets, first_page)
 
-    attend = functools.partial(
-        _attend_tiles, q, pages, batch, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap
-    )
-    tile = min(TILE, q.shape[0])
+    T, N, H = q.shape
+    new = row_offsets[1:] - row_offsets[:-1]
+    tile_width = min(TILE, T)
+    decode_rows = 1, (new == 1).astype(jnp.int32)
+    other_rows = tile_width, jnp.where(new > 1, -(-new // tile_width), 0)
     out = jnp.zeros_like(q)
-    out = attend(out, width=1, n_tiles=jnp.where(new == 1, 1, 0))
-    out = attend(out, width=tile, n_tiles=jnp.where(new > 1, -(-new // tile), 0))
+    for width, n_tiles in (decode_rows, other_rows):
+        tiles = _cut(width, n_tiles, cache_lengths, row_offsets, pages, T, sliding_window)
+
+        def body(i, out, width=width, tiles=tiles):
+            tile = _Tile(*lax.dynamic_index_in_dim(tiles, i, keepdims=False, allow_negative_indices=False))
+            at, size = (tile.row, 0, 0), (width, N, H)
+            o = _attend(
+                lax.dynamic_slice(q, at, size), pages, first_page + page_table[tile.sequence], tile,
+                scale=scale, sliding_window=sliding_window, soft_cap=soft_cap,
+            )  # fmt: skip
+            token = tile.row + jnp.arange(width)[:, None, None]
+            own = (token >= tile.first) & (token < tile.end)
+            return lax.dynamic_update_slice(out, jnp.where(own, o, lax.dynamic_slice(out, at, size)), at)
+
+        out = lax.fori_loop(0, n_tiles.sum(), body, out)
     return out, pages
 
 
-def _write(k, v, pages, batch):
+def _write(k, v, pages, cache_lengths, page_table, row_offsets, first_page):
     """The pages with the step's K and V in them."""
     T, _, H = k.shape
     page_size, lanes = pages.shape[2:]
     kv = jnp.pad(jnp.concatenate([k, v], axis=-1), ((0, 0), (0, 0), (0, lanes - 2 * H)))
     t = jnp.arange(T)
-    s = jnp.searchsorted(batch.row_offsets[1:], t, side="right", method="compare_all")
-    position = batch.cache_lengths[s] + t - batch.row_offsets[s]
-    row = batch.first_page + batch.page_table[s, position // page_size]
-    row = jnp.where(t < batch.row_offsets[-1], row, pages.shape[0] + t)  # padding is dropped
+    s = jnp.searchsorted(row_offsets[1:], t, side="right", method="compare_all")
+    position = cache_lengths[s] + t - row_offsets[s]
+    row = first_page + page_table[s, position // page_size]
+    row = jnp.where(t < row_offsets[-1], row, pages.shape[0] + t)  # padding is dropped
     return pages.at[row, :, position % page_size].set(kv.astype(pages.dtype), mode="drop", unique_indices=True)
 
 
-def _attend_tiles(q, pages, batch, out, *, width, n_tiles, **options):
-    """`out` [T, N, H] with the attention of n_tiles [S] tiles of `width` tokens of each sequence filled in."""
+class _Tile(NamedTuple):
+    """A run of new tokens of one sequence, attended in one go: int32 scalars, a row of the table `_cut` makes.
+
+    They depend on the step and not on the layer, so in an unrolled model they are worked out once.
+    """
+
+    sequence: jax.Array
+    row: jax.Array  # where its rows of q begin; of these,
+    first: jax.Array  # tokens [first, end) are its own
+    end: jax.Array
+    position: jax.Array  # of token `row` in the sequence (negative for a row of an earlier sequence)
+    start: jax.Array  # it attends to positions [start, stop),
+    stop: jax.Array
+    first_page: jax.Array  # which lie in these pages of the sequence, the last included
+    last_page: jax.Array
+    first_block: jax.Array  # and in small blocks from this one on,
+    n_small: jax.Array  # so many of them read one by one;
+    inner: jax.Array  # those from this one on
+    n_large: jax.Array  # are seen in full by all of the tile's tokens, and read in so many large blocks
+
+
+def _block_sizes(pages):
+    """Tokens of a small and of a large block: whole pages, and whole small blocks."""
+    page_size = pages.shape[2]
+    small = -(-SMALL_BLOCK // page_size) * page_size
+    return small, max(1, LARGE_BLOCK // small) * small
+
+
+def _cut(width, n_tiles, cache_lengths, row_offsets, pages, T, sliding_window):
+    """Cuts each sequence's new tokens into n_tiles [S] tiles of `width` tokens -> int32[n, fields of `_Tile`].
+
+    The first n_tiles.sum() rows are tiles, the others have no meaning.
+    """
+    small, large = _block_sizes(pages)
+    page_size = pages.shape[2]
     ends = jnp.cumsum(n_tiles)
-    T, N, H = q.shape
+    i = jnp.arange(len(n_tiles) + (T // width if width > 1 else 0))
+    s = jnp.minimum(jnp.searchsorted(ends, i, side="right", method="compare_all"), len(n_tiles) - 1)
+    first = row_offsets[s] + (i - (ends - n_tiles)[s]) * width
+    end = jnp.minimum(first + width, row_offsets[s + 1])
+    row = jnp.clip(first, 0, T - width)
+    to_position = cache_lengths[s] - row_offsets[s]
+    stop = end + to_position
+    start, seen_by_last = jnp.zeros_like(s), jnp.zeros_like(s)
+    if sliding_window is not None:
+        start = jnp.maximum(0, first + to_position - sliding_window + 1)
+        seen_by_last = jnp.maximum(0, stop - sliding_window)
+    first_block = start // small
+    inner = -(-seen_by_last // small)
+    n_large = jnp.maximum(0, (first + to_position + 1) // small - inner) // (large // small)
+    tile = _Tile(
+        sequence=s, row=row, first=first, end=end, position=row + to_position,
+        start=start, stop=stop, first_page=start // page_size, last_page=(stop - 1) // page_size,
+        first_block=first_block, n_small=-(-stop // small) - first_block - n_large * (large // small),
+        inner=inner, n_large=n_large,
+    )  # fmt: skip
+    return jnp.stack(tile, axis=1)
 
-    def body(i, out):
-        s = jnp.searchsorted(ends, i, side="right", method="compare_all")
-        first = batch.row_offsets[s] + (i - (ends[s] - n_tiles[s])) * width
-        end = jnp.minimum(first + width, batch.row_offsets[s + 1])
-        # A tile holds rows that are not its own at the end of the sequence, and before `first` at the end of q.
-        row = jnp.minimum(first, T - width)
-        o = _attend(lax.dynamic_slice(q, (row, 0, 0), (width, N, H)), pages, batch, s, row, first, end, **options)
-        token = row + jnp.arange(width)[:, None, None]
-        o = jnp.where((token >= first) & (token < end), o, lax.dynamic_slice(out, (row, 0, 0), (width, N, H)))
-        return lax.dynamic_update_slice(out, o, (row, 0, 0))
 
-    return lax.fori_loop(0, ends[-1], body, out)
+def _attend(q, pages, table, tile, *, scale, sliding_window, soft_cap):
+    """Attention of q [n, N, H], the rows of a tile, over the page rows `table` [M] -> [n, N, H] in `q.dtype`.
 
-
-def _attend(q, pages, batch, s, row, first, end, *, scale, sliding_window, soft_cap):
-    """Attention of q [n, N, H], which are the tokens from `row` on -> [n, N, H].
-
-    Tokens [first, end) belong to sequence s; what comes out for others is finite and without meaning.
+    What comes out for rows that are not the tile's own is finite and without meaning.
     """
     n, N, H = q.shape
     K, page_size, lanes = pages.shape[1:]
+    small, large = _block_sizes(pages)
     dtype = jnp.promote_types(q.dtype, pages.dtype)
     dot = functools.partial(
         jnp.einsum,
@@ -103,35 +147,32 @@ def _attend(q, pages, batch, s, row, first, end, *, scale, sliding_window, soft_
     )
     # Splitting slots into K and V is a slow copy on CPU. One token's few rows instead meet the whole slot: zeros in
     # the lanes of V leave the scores as they are, and the lanes of K are dropped from the result.
-    whole = n == 1
+    split = n > 1
     rows = q.reshape(n, K, N // K, H).transpose(1, 0, 2, 3).reshape(K, -1, H).astype(dtype)
-    if whole:
+    if not split:
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, lanes - H)))
+    position = jnp.repeat(tile.position + jnp.arange(n), N // K)[:, None]
 
-    to_position = batch.cache_lengths[s] - batch.row_offsets[s]
-    position = jnp.repeat(row + to_position + jnp.arange(n), N // K)[:, None]
-    first, last = first + to_position, end - 1 + to_position
-    start = 0 if sliding_window is None else jnp.maximum(0, first - sliding_window + 1)
-    first_page, last_page = start // page_size, last // page_size
-    table = batch.page_table[s]
-
-    def add_block(carry, base, size, edge):
-        """Softmax over the blocks so far (max, sum, weighted values), with positions base to base + size added."""
+    def add(carry, block, size, masked):
+        """The softmax so far (maximum, sum, weighted values), with `size` positions from a small block on added."""
         m, l, acc = carry
-        index = base // page_size + jnp.arange(size // page_size)
-        kv = pages[batch.first_page + table[jnp.clip(index, first_page, last_page)]]
+        page = block * (small // page_size) + jnp.arange(size // page_size)
+        if masked:
+            page = jnp.clip(page, tile.first_page, tile.last_page)
+        # Bounds are known to hold for the needed pages, and checking them costs time to compile.
+        kv = pages.at[table.at[page].get(mode="promise_in_bounds")].get(mode="promise_in_bounds")
         kv = kv.transpose(1, 0, 2, 3).reshape(K, size, lanes)
-        j = base + jnp.arange(size)
-        if edge:
-            kv = jnp.where(((j >= start) & (j <= last))[:, None], kv, 0)
+        j = block * small + jnp.arange(size)
+        if masked:  # values too: unused slots may hold NaN
+            kv = jnp.where(((j >= tile.start) & (j < tile.stop))[:, None], kv, 0)
         if lanes > 2 * H:
             kv = jnp.where(jnp.arange(lanes) < 2 * H, kv, 0)
         kv = kv.astype(dtype)
-        keys, values = (kv, kv) if whole else (kv[..., :H], kv[..., H : 2 * H])
+        keys, values = (kv[..., :H], kv[..., H : 2 * H]) if split else (kv, kv)
         scores = scale * dot("krh,kbh->krb", rows, keys)
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
-        if edge:
+        if masked:
             seen = j <= position
             if sliding_window is not None:
                 seen &= j > position - sliding_window
@@ -142,24 +183,19 @@ def _attend(q, pages, batch, s, row, first, end, *, scale, sliding_window, soft_
         acc = shrink[..., None] * acc + dot("krb,kbh->krh", p.astype(dtype), values)
         return m_next, shrink * l + p.sum(-1), acc
 
-    # Positions that all tokens of the tile see go in large blocks without a mask, the edges in small blocks.
-    small = -(-SMALL_BLOCK // page_size) * page_size
-    large = max(1, LARGE_BLOCK // small) * small
-    seen_by_all = 0 if sliding_window is None else -(-jnp.maximum(0, last - sliding_window + 1) // small)
-    n_large = jnp.maximum(0, (first + 1) // small - seen_by_all) // (large // small)
-    skipped = n_large * (large // small)
-    n_small = last // small + 1 - start // small - skipped
+    # Large blocks without a mask where all of the tile's tokens see everything, small ones with a mask at the edges.
+    step = large // small
 
-    def edge(i, carry):
-        i += start // small
-        return add_block(carry, jnp.where((i >= seen_by_all), i + skipped, i) * small, small, edge=True)
+    def add_large(i, carry):
+        return add(carry, tile.inner + i * step, large, masked=False)
 
-    def inner(i, carry):
-        return add_block(carry, seen_by_all * small + i * large, large, edge=False)
+    def add_small(i, carry):
+        block = tile.first_block + i
+        return add(carry, jnp.where(block < tile.inner, block, block + tile.n_large * step), small, masked=True)
 
     m = jnp.full(rows.shape[:2], NO_SCORE, jnp.float32)
-    carry = m, jnp.zeros_like(m), jnp.zeros((*m.shape, lanes if whole else H), jnp.float32)
-    carry = lax.fori_loop(0, n_large, inner, carry)
-    _, l, acc = lax.fori_loop(0, n_small, edge, carry)
-    out = (acc[..., H : 2 * H] if whole else acc) / l[..., None]
+    carry = m, jnp.zeros_like(m), jnp.zeros((*m.shape, H if split else lanes), jnp.float32)
+    carry = lax.fori_loop(0, tile.n_large, add_large, carry)
+    _, l, acc = lax.fori_loop(0, tile.n_small, add_small, carry)
+    out = (acc if split else acc[..., H : 2 * H]) / l[..., None]
     return out.reshape(K, n, N // K, H).transpose(1, 0, 2, 3).reshape(n, N, H).astype(q.dtype)
