@@ -159,6 +159,12 @@ def test_schedule(scripts) -> None:
     assert [recipe.rate_at(x) for x in (0, 0.05, 0.1, 0.55, 1)] == pytest.approx([0, 0.25, 0.5, 0.25, 0])
 
 
+@pytest.mark.parametrize("length", [{}, {"steps": 0}, {"minutes": -1.0}, {"steps": 3, "minutes": 1.0}])
+def test_length_is_one_of_two(scripts, corpus, tmp_path: Path, length: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="either minutes or steps, above 0"):
+        scripts[2].train(corpus, scripts[2].Recipe(), tmp_path, **length)
+
+
 @pytest.fixture(scope="module")
 def trained(scripts, corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A toy of one layer, trained for 30 steps."""
