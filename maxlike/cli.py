@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
+        sys.stdout.flush()  # at exit it would be too late to find that nobody reads
     except ValueError as error:
         print("maxlike:", "; ".join(line.strip() for line in str(error).splitlines() if line.strip()), file=sys.stderr)
         return 2
@@ -115,12 +116,14 @@ def _generate(args: argparse.Namespace) -> None:
     load_s = time.perf_counter() - start
     figures = Figures()
     stream = None if tokenizer is None else tokenizer.stream()
+    # Many models have more logits than tokens; an id without a token has no text.
+    n_texts = model.vocab_size if tokenizer is None else tokenizer.vocab_size
     token_ids: list[int] = []
     text = ""
     for token in generate(model, prompt, args.max_new_tokens, sampling=sampling, eos_token_ids=config.eos_token_ids,
                           max_seq_len=config.max_position_embeddings, figures=figures):
         token_ids.append(token)
-        piece = f"{token} " if stream is None else stream.push(token)
+        piece = f"{token} " if stream is None else stream.push(token) if token < n_texts else ""
         text += piece
         if not args.json:
             print(piece, end="", flush=True)
