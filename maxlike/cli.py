@@ -17,8 +17,10 @@ import jax
 import maxlike
 from maxlike.engine.generate import Figures, generate
 from maxlike.engine.sampling import SamplingParams
+from maxlike.mesh import check_tensor_parallel_size
 from maxlike.models.build import compute_dtype, default_kv_params, mesh_for
 from maxlike.models.checkpoint import load_model
+from maxlike.models.config import TransformerConfig
 from maxlike.models.hub import resolve
 from maxlike.models.registry import FAMILIES, parse_config
 from maxlike.models.tokenizer import Tokenizer
@@ -86,13 +88,18 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the checkpoint's")
 
 
-def _devices(tp: int | None) -> list[jax.Device] | None:
+def _mesh(config: TransformerConfig, tp: int | None) -> jax.sharding.Mesh:
+    try:
+        present = jax.devices()
+    except RuntimeError as error:
+        raise ValueError(f"JAX finds no device to run on: {error}") from error
     if tp is None:
-        return None
-    present = jax.devices()
-    if not 1 <= tp <= len(present):
+        return mesh_for(config)
+    check_tensor_parallel_size(tp, config.num_attention_heads, config.num_key_value_heads,
+                               intermediate_size=config.intermediate_size)
+    if tp > len(present):
         raise ValueError(f"--tp {tp} was asked for; there are {len(present)} devices ({present[0].platform}).")
-    return present[:tp]
+    return mesh_for(config, present[:tp])
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -103,7 +110,7 @@ def _generate(args: argparse.Namespace) -> None:
         raise ValueError("--chat needs text to put into the template; --prompt-ids gives token ids.")
     folder = resolve(args.model)
     config, _ = parse_config(folder)
-    mesh = mesh_for(config, _devices(args.tp))
+    mesh = _mesh(config, args.tp)
     # A checkpoint without a tokenizer is still good for ids.
     with contextlib.suppress(ValueError) if args.prompt_ids is not None else contextlib.nullcontext():
         tokenizer: Tokenizer | None = None
@@ -177,7 +184,7 @@ def _info(args: argparse.Namespace) -> None:
     print(f"devices     {', '.join(f'{d} ({d.device_kind})' for d in jax.devices())}")
     folder = resolve(args.model)
     config, _ = parse_config(folder)
-    mesh = mesh_for(config, _devices(args.tp))
+    mesh = _mesh(config, args.tp)
     print(f"model       {folder}: {config.model_type}, {len(config.layers)} layers, width {config.hidden_size}, "
           f"{config.num_attention_heads} heads, {config.num_key_value_heads} KV heads of {config.head_dim}, "
           f"vocabulary {config.vocab_size}, up to {config.max_position_embeddings} tokens")
@@ -185,7 +192,7 @@ def _info(args: argparse.Namespace) -> None:
     dtype = compute_dtype(config, args.dtype)
     kv_params = default_kv_params(config, mesh, dtype)
     print(f"weights     {dtype}")
-    print(f"KV cache    {kv_params.dtype.__name__ if isinstance(kv_params.dtype, type) else kv_params.dtype}, pages of "
+    print(f"KV cache    {kv_params.dtype}, pages of "
           f"{kv_params.page_size} tokens, {kv_params.bytes_per_page(mesh)} bytes a page and device")
     print("attention   xla (paged), xla blockwise (without a cache)")
     print(f"families    {', '.join(name for family in FAMILIES for name in family.model_types)}")

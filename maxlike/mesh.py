@@ -78,6 +78,21 @@ def tensor_parallel_sizes(n_heads: int, n_kv_heads: int, **dimensions: int) -> l
     ]
 
 
+def check_tensor_parallel_size(n: int, n_heads: int, n_kv_heads: int, **dimensions: int) -> None:
+    """Sees to it that `n` is one of `tensor_parallel_sizes`.
+
+    Raises:
+        ValueError: it is not; lists those that are.
+    """
+    legal = tensor_parallel_sizes(n_heads, n_kv_heads, **dimensions)
+    if n not in legal:
+        also = "".join(f", {name} = {size}" for name, size in dimensions.items())
+        raise ValueError(
+            f"Tensor-parallel size {n} does not fit a model with {n_heads} heads and {n_kv_heads} KV heads{also}. "
+            f"A size must divide {n_heads}{''.join(f' and {size}' for size in dimensions.values())}, and divide "
+            f"{n_kv_heads} or be a multiple of it. Legal sizes: {', '.join(map(str, legal))}.")
+
+
 def make_mesh(devices: Sequence[DeviceRef | jax.Device] | None = None, *, n_heads: int | None = None,
               n_kv_heads: int | None = None, **dimensions: int) -> Mesh:
     """A mesh with one tensor-parallel axis, `"model"`, over `devices` (default: all of them).
@@ -87,7 +102,8 @@ def make_mesh(devices: Sequence[DeviceRef | jax.Device] | None = None, *, n_head
 
     Args:
         devices: in the order of the mesh; TPU devices may be reordered to follow the physical ring.
-        n_heads, n_kv_heads: of the model; without them no size is refused and the axis is never factored.
+        n_heads, n_kv_heads: of the model. Without `n_heads` no size is refused, without `n_kv_heads` the axis is
+            not factored.
         dimensions: further sizes that the mesh must divide, by name, e.g. `intermediate_size=14336`.
 
     Raises:
@@ -101,30 +117,31 @@ def make_mesh(devices: Sequence[DeviceRef | jax.Device] | None = None, *, n_head
         raise ValueError(f"make_mesh was given a device twice: {', '.join(map(str, resolved))}.")
     if n_heads is not None:
         n_kv_heads = n_kv_heads or n_heads
-        legal = tensor_parallel_sizes(n_heads, n_kv_heads, **dimensions)
-        if n not in legal:
-            also = "".join(f", {name} = {size}" for name, size in dimensions.items())
-            raise ValueError(
-                f"Tensor-parallel size {n} does not fit a model with {n_heads} heads and {n_kv_heads} KV heads{also}. "
-                f"A size must divide {n_heads}{''.join(f' and {size}' for size in dimensions.values())}, and divide "
-                f"{n_kv_heads} or be a multiple of it. Legal sizes: {', '.join(map(str, legal))}.")
-    shape: tuple[int, ...] = (n,)
-    names: tuple[str, ...] = ("model",)
-    if n_kv_heads is not None and n > n_kv_heads:
-        shape, names = (n_kv_heads, n // n_kv_heads), ("kv", "rep")
-        if n % n_kv_heads:
-            raise ValueError(f"{n} devices cannot be factored over {n_kv_heads} KV heads; use a multiple of it.")
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Explicit,) * len(shape), devices=resolved)
+        check_tensor_parallel_size(n, n_heads, n_kv_heads, **dimensions)
+    ring = jax.make_mesh((n,), ("model",), axis_types=(AxisType.Explicit,), devices=resolved)
+    if n_kv_heads is None or n <= n_kv_heads:
+        return ring
+    if n % n_kv_heads:
+        raise ValueError(f"{n} devices cannot be factored over {n_kv_heads} KV heads; use a multiple of it.")
+    return Mesh(ring.devices.reshape(n_kv_heads, -1), ("kv", "rep"), axis_types=(AxisType.Explicit,) * 2)
 
 
 def as_mesh(devices: Devices, **heads: int) -> Mesh:
     """`devices` itself when it is a mesh, else `make_mesh(devices, **heads)`.
 
     Raises:
-        ValueError: a mesh has an axis that is not `AxisType.Explicit`.
+        ValueError: a mesh has an axis that is not `AxisType.Explicit`, or its size does not fit the heads.
     """
     if not isinstance(devices, Mesh):
         return make_mesh(devices, **heads)
+    if heads:
+        sizes = dict(devices.shape)
+        cut = {axis: sizes.get(axis, 1) for axis in ("model", "kv", "rep")}
+        check_tensor_parallel_size(cut["model"] * cut["kv"] * cut["rep"], **heads)
+        if heads["n_kv_heads"] % (cut["model"] * cut["kv"]):
+            raise ValueError(f"The mesh {sizes} cuts {heads['n_kv_heads']} KV heads into {cut['model'] * cut['kv']}. "
+                             f"Make it with make_mesh(devices, n_heads={heads['n_heads']}, "
+                             f"n_kv_heads={heads['n_kv_heads']}), which factors the model axis.")
     if any(kind != AxisType.Explicit for kind in devices.axis_types):
         raise ValueError(f"The mesh's axes {devices.axis_names} have types {devices.axis_types}; maxlike needs "
                          "AxisType.Explicit on each: jax.make_mesh(shape, names, axis_types=(AxisType.Explicit, ...)).")

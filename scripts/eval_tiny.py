@@ -114,12 +114,18 @@ def continue_greedily(model: DistributedTransformer, prompts: Sequence[Sequence[
     return [row[:row.index(end) + 1] if end in row else row for row in rows]
 
 
-def parses(text: str, complete: bool) -> bool:
-    """Whether `text` is Python: all of it if it is `complete`, else as far as its last complete line."""
+def parses(head: str, continuation: str, complete: bool) -> bool:
+    """Whether head and continuation are Python: all of it if it is `complete`, else as far as its last complete line,
+    of which the continuation must hold at least one: the head alone proves nothing."""
+    text = head + continuation
+    if not complete:
+        text = text[:text.rfind("\n") + 1]
+    if len(text) <= len(head):
+        return False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            ast.parse(text if complete else text[:text.rfind("\n") + 1])
+            ast.parse(text)
         except (SyntaxError, ValueError):
             return False
     return True
@@ -133,8 +139,8 @@ def continue_heads(model: DistributedTransformer, tokenizer: tokenizers.Tokenize
     end = tokenizer.token_to_id(END)
     results = []
     for function, ids in zip(functions, continue_greedily(model, prompts, new_tokens, end), strict=True):
-        text = function.head + tokenizer.decode(ids)
-        results.append((text, parses(text, complete=ids[-1] == end)))
+        continuation = tokenizer.decode(ids)
+        results.append((function.head + continuation, parses(function.head, continuation, complete=ids[-1] == end)))
     return results
 
 

@@ -13,9 +13,9 @@ case $accelerator in
   *) export JAX_PLATFORMS="${JAX_PLATFORMS-cpu}" ;;
 esac
 
-prompt="def fibonacci(n):"
-if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
-  prompt=$1
-  shift
+if [ $# -eq 0 ]; then
+  set -- --prompt "def fibonacci(n):"
+elif [ "${1#--}" = "$1" ]; then
+  set -- --prompt="$1" "${@:2}"
 fi
-exec "$python" -m maxlike generate --prompt="$prompt" "$@"
+exec "$python" -m maxlike generate "$@"

@@ -43,7 +43,7 @@ def generate(model: DistributedTransformer, prompt: Sequence[int], max_new_token
         ValueError: the prompt is empty, too long, or holds an id beyond the vocabulary, or the model returns other
             logits. Raised at the call, not at the first token.
     """
-    if not prompt:
+    if len(prompt) == 0:
         raise ValueError("The prompt is empty: give at least one token.")
     if outside := [t for t in prompt if not 0 <= t < model.vocab_size]:
         raise ValueError(f"Token id {outside[0]} is beyond the vocabulary: ids are 0 to {model.vocab_size - 1}.")

@@ -70,8 +70,13 @@ def _shared_axes(x: jax.Array, weight: jax.Array) -> tuple[str, ...]:
 def _product(x, weight, out_sharding=None):
     contract_last = (((1,), (1,)), ((), ()))
     return lax.dot_general(
-        x, weight, contract_last, preferred_element_type=jnp.float32, out_sharding=out_sharding
+        x, weight, contract_last, preferred_element_type=jnp.float32, out_sharding=out_sharding, precision=_precision(x)
     )
+
+
+def _precision(x):
+    # By default TPUs and GPUs multiply float32 in fewer bits than it has.
+    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 def _ring(x: jax.Array, weight: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -117,7 +122,7 @@ def _forward(x, weight):
 
 def _backward(operands, d_out):
     x, weight = operands
-    product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
+    product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32, precision=_precision(x))
     d_x = product(d_out, weight, (((1,), (0,)), ((), ())), out_sharding=jax.typeof(x).sharding)
     d_weight = product(d_out, x, (((0,), (0,)), ((), ())), out_sharding=jax.typeof(weight).sharding)
     return d_x.astype(x.dtype), d_weight.astype(weight.dtype)

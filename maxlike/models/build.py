@@ -24,7 +24,7 @@ from maxlike.nn.kv_cache import (
 )
 from maxlike.nn.linear import ColumnParallelLinear, DistributedGemmConfig
 from maxlike.nn.mlp import MLP
-from maxlike.nn.norm import OutputNorm, RMSNorm
+from maxlike.nn.norm import OutputNorm, RMSNorm, SoftCap
 from maxlike.nn.transformer.distributed_transformer import (
     DistributedTransformer,
     DistributedTransformerBlock,
@@ -46,10 +46,11 @@ def mesh_for(config: TransformerConfig, devices: Devices | None = None) -> Mesh:
     return make_mesh(present[:max(n for n in tensor_parallel_sizes(**heads) if n <= len(present))], **heads)
 
 
-def default_kv_params(config: TransformerConfig, mesh: Mesh, dtype: DTypeLike) -> KVCacheParams:
+def default_kv_params(config: TransformerConfig, mesh: Mesh, dtype: DTypeLike,
+                      rules: ShardingRules = ShardingRules()) -> KVCacheParams:
     """A paged cache in `dtype`; in float32 on CPU, where jax 0.10 widens a whole bfloat16 cache at each write."""
     return KVCacheParams(jnp.float32 if mesh_platform(mesh) == "cpu" else dtype, config.num_key_value_heads,
-                         config.head_dim, len(config.layers))
+                         config.head_dim, len(config.layers), rules=rules)
 
 
 def build_model(config: TransformerConfig, *, devices: Devices | None = None, dtype: DTypeLike | None = None,
@@ -73,7 +74,7 @@ def build_model(config: TransformerConfig, *, devices: Devices | None = None, dt
     mesh = mesh_for(config, devices)
     dtype = compute_dtype(config, dtype)
     rngs = nnx.Rngs(0) if rngs is None else rngs
-    kv_params = default_kv_params(config, mesh, dtype) if kv_params is None else kv_params
+    kv_params = default_kv_params(config, mesh, dtype, rules) if kv_params is None else kv_params
     if use_subgraphs is None:
         use_subgraphs = mesh_platform(mesh) != "cpu"
     common: dict[str, Any] = dict(dtype=dtype, devices=mesh, rngs=rngs, rules=rules)
@@ -123,17 +124,7 @@ def compute_dtype(config: TransformerConfig, dtype: DTypeLike | None) -> jnp.dty
     """
     if dtype is None:
         return jnp.dtype(jnp.float32 if config.dtype == "float32" else jnp.bfloat16)
-    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"Models compute in float32 or bfloat16; got {jnp.dtype(dtype)}.")
-    return jnp.dtype(dtype)
-
-
-class SoftCap(nnx.Module):
-    """`cap * tanh(layer(x) / cap)`, in float32."""
-
-    def __init__(self, layer: Any, cap: float):
-        self.layer, self.cap = layer, cap
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """As `layer`, capped."""
-        return self.cap * jnp.tanh(self.layer(x).astype(jnp.float32) / self.cap)
+    for possible in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
+        if dtype in (possible, possible.name):
+            return possible
+    raise ValueError(f"Models compute in float32 or bfloat16; got {dtype!r}.")

@@ -24,8 +24,9 @@ from tqdm import tqdm
 from maxlike.mesh import Devices
 from maxlike.models.build import build_model, mesh_for
 from maxlike.models.config import TransformerConfig
+from maxlike.models.family import Family, canonical_names, hf_name
 from maxlike.models.hub import resolve
-from maxlike.models.registry import Family, canonical_names, family_of, hf_name, parse_config, unparse_config
+from maxlike.models.registry import family_of, parse_config, unparse_config
 from maxlike.models.safetensors import Checkpoint, CheckpointError, write_checkpoint
 from maxlike.nn.transformer.distributed_transformer import DistributedTransformer, ReturnLogits
 from maxlike.nn.transformer.segments import named_parameters

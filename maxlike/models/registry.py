@@ -1,4 +1,5 @@
-"""The model families there are. To add one: a file beside this one, and its line here."""
+"""The model families there are. To add one: a file beside this one with a `Family` (see `family.py`), and its line
+here."""
 
 from __future__ import annotations
 
@@ -10,11 +11,9 @@ from typing import Any
 
 from maxlike.models import gemma3, llama, mistral, qwen2, qwen3
 from maxlike.models.config import TransformerConfig
-from maxlike.models.family import Family, canonical_names, hf_name
+from maxlike.models.family import Family
 from maxlike.models.hf_config import ConfigReader
 from maxlike.models.safetensors import CheckpointError
-
-__all__ = ["FAMILIES", "Family", "canonical_names", "family_of", "hf_name", "parse_config", "unparse_config"]
 
 FAMILIES: tuple[Family, ...] = (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, gemma3.FAMILY)
 

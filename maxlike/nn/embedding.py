@@ -10,6 +10,8 @@ from jax.typing import DTypeLike
 from maxlike.mesh import Devices, ShardingRules, as_mesh
 from maxlike.nn.module import Module, create_param, on_mesh_of
 
+_normal = jax.nn.initializers.normal(0.02)
+
 
 class VocabParallelEmbedding(Module):
     """`int32[T] -> [T, hidden_dim]`, replicated; each device looks up the rows that it holds.
@@ -25,7 +27,7 @@ class VocabParallelEmbedding(Module):
         self.vocab_size, self.scale = vocab_size, scale
         shards = rules.shards(mesh, "vocab")
         rows = -(-vocab_size // shards) * shards
-        self.weight = create_param(jax.nn.initializers.normal(0.02), rngs, (rows, hidden_dim), dtype,
+        self.weight = create_param(_normal, rngs, (rows, hidden_dim), dtype,
                                    rules.sharding(mesh, (rows, hidden_dim), "vocab", None),
                                    logical_shape=(vocab_size, hidden_dim))
 

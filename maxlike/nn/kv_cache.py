@@ -2,8 +2,8 @@
 
 Keys and values of all layers live in one array `[layers * pages, kv_heads, page_size, lanes]`, a token's key in
 lanes `[0, head_dim)` and its value in `[head_dim, 2 * head_dim)`; page `p` of layer `i` is row `i * pages + p`.
-`KVCacheParams.shape` is the only place that states it. The array is carried through the layers and aliased
-through the kernel, so a step moves none of it but the tokens that it writes (why this layout: README).
+`KVCacheParams.shape` states it; the order of the lanes is the kernel's too. The array is carried through the layers and
+aliased through the kernel, so a step moves none of it but the tokens that it writes (why this layout: README).
 
 A *collection* is the cache during one step: attention asks it to attend, and gets back the collection with this
 step's keys and values in it. Paged and continuous batching differ in how a sequence's pages are found, and in
@@ -47,6 +47,7 @@ class KVCacheParams:
         page_size: tokens a page.
         cache_strategy: see `KVCacheStrategy`.
         max_seq_len: tokens a slot holds; needed by, and only by, `CONTINUOUS`.
+        rules: those that the model is built with.
     """
 
     dtype: DTypeLike
@@ -56,8 +57,13 @@ class KVCacheParams:
     page_size: int = 64
     cache_strategy: KVCacheStrategy = KVCacheStrategy.PAGED
     max_seq_len: int | None = None
+    rules: ShardingRules = ShardingRules()
 
     def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        except TypeError as error:
+            raise ValueError(f"KVCacheParams.dtype must name a dtype; got {self.dtype!r}.") from error
         for name in ("n_kv_heads", "head_dim", "n_layers", "page_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"KVCacheParams.{name} must be at least 1; got {getattr(self, name)}.")
@@ -75,25 +81,53 @@ class KVCacheParams:
             lanes = -(-lanes // TPU_LANES) * TPU_LANES
         return self.n_layers * n_pages, self.n_kv_heads, self.page_size, lanes
 
-    def sharding(self, devices: Devices, rules: ShardingRules = ShardingRules()) -> NamedSharding:
+    def sharding(self, devices: Devices) -> NamedSharding:
         """The cache array's sharding: cut over KV heads alone."""
-        return rules.sharding(as_mesh(devices), self.shape(1, "cpu"), None, "kv_heads", None, None)
+        return self.rules.sharding(as_mesh(devices), self.shape(1, "cpu"), None, "kv_heads", None, None)
 
-    def allocate(self, n_pages: int, devices: Devices, rules: ShardingRules = ShardingRules()) -> jax.Array:
+    def allocate(self, n_pages: int, devices: Devices) -> jax.Array:
         """A cache of zeros, `n_pages` pages a layer, each device making its own shard."""
         mesh = as_mesh(devices)
         shape = self.shape(n_pages, mesh_platform(mesh))
-        return jax.jit(partial(jnp.zeros, shape, self.dtype), out_shardings=self.sharding(mesh, rules))()
+        return jax.jit(partial(jnp.zeros, shape, self.dtype), out_shardings=self.sharding(mesh))()
 
-    def bytes_per_page(self, devices: Devices, rules: ShardingRules = ShardingRules()) -> int:
+    def bytes_per_page(self, devices: Devices) -> int:
         """Bytes that one page of all layers takes on each device, lane padding counted."""
         mesh = as_mesh(devices)
         elements = np.prod(self.shape(1, mesh_platform(mesh)), dtype=np.int64)
-        return int(elements) * jnp.dtype(self.dtype).itemsize // rules.shards(mesh, "kv_heads")
+        return int(elements) * jnp.dtype(self.dtype).itemsize // self.rules.shards(mesh, "kv_heads")
 
-    def pages_within(self, budget: int, devices: Devices, rules: ShardingRules = ShardingRules()) -> int:
+    def pages_within(self, budget: int, devices: Devices) -> int:
         """How many pages a layer fit `budget` bytes a device."""
-        return budget // self.bytes_per_page(devices, rules)
+        return budget // self.bytes_per_page(devices)
+
+    def check_step(self, n_pages: int, cache_lengths: np.ndarray, page_table: np.ndarray, n_new: np.ndarray) -> None:
+        """Looks at a step's numbers, which inside `jax.jit` nobody can.
+
+        Args:
+            n_pages: pages a layer in the cache.
+            cache_lengths, page_table: `int32[S]` and `int32[S, M]`, as the collections take them.
+            n_new: `int[S]`, new tokens of each sequence.
+
+        Raises:
+            ValueError: a sequence outgrows its page table or slot, or a page that it needs is not in the cache.
+        """
+        for s, (length, new) in enumerate(zip(cache_lengths.tolist(), n_new.tolist(), strict=True)):
+            if length < 0:
+                raise ValueError(f"cache_lengths[{s}] is {length}; a length is 0 or more.")
+            if not new:
+                continue
+            needed = self.pages_for(length + new)
+            if self.max_seq_len is not None:
+                room, table = self.pages_for(self.max_seq_len), page_table[s, 0] + np.arange(needed)
+            else:
+                room, table = page_table.shape[1], page_table[s, :needed]
+            if needed > room:
+                raise ValueError(f"Sequence {s} grows to {length + new} tokens, {needed} pages of {self.page_size}; "
+                                 f"its {'slot' if self.max_seq_len else 'row of the page table'} has {room}.")
+            if (table < 0).any() or (table >= n_pages).any():
+                raise ValueError(f"Sequence {s} needs pages {table.tolist()}; the cache has 0 to {n_pages - 1} in each "
+                                 "layer.")
 
     def pages_for(self, n_tokens: int) -> int:
         """Pages that a sequence of `n_tokens` tokens takes."""

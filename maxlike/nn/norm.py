@@ -1,7 +1,8 @@
-"""Root-mean-square layer norm, and the sandwich that Gemma makes of it."""
+"""Root-mean-square layer norm, and what Gemma wraps around layers: an output norm, a soft cap."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,9 @@ from jax.typing import DTypeLike
 
 from maxlike.mesh import Devices, ShardingRules, as_mesh
 from maxlike.nn.module import Module, create_param
+
+# One function a value, so that layers alike share one compiled initializer.
+_constant = functools.cache(jax.nn.initializers.constant)
 
 
 class RMSNorm(Module):
@@ -23,7 +27,7 @@ class RMSNorm(Module):
     def __init__(self, dim: int, dtype: DTypeLike, devices: Devices, *, rngs: nnx.Rngs, eps: float = 1e-6,
                  weight_offset: float = 0.0, rules: ShardingRules = ShardingRules()):
         self.eps, self.weight_offset = eps, weight_offset
-        self.weight = create_param(jax.nn.initializers.constant(1.0 - weight_offset), rngs, (dim,), dtype,
+        self.weight = create_param(_constant(1.0 - weight_offset), rngs, (dim,), dtype,
                                    rules.sharding(as_mesh(devices), (dim,), None))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -46,3 +50,14 @@ class OutputNorm(Module):
         """`norm(layer(x, ...))`."""
         y = self.layer(x, *args)
         return (self.norm(y[0]), *y[1:]) if isinstance(y, tuple) else self.norm(y)
+
+
+class SoftCap(Module):
+    """`cap * tanh(layer(x) / cap)`, in float32."""
+
+    def __init__(self, layer: Any, cap: float):
+        self.layer, self.cap = layer, cap
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """As `layer`, capped."""
+        return self.cap * jnp.tanh(self.layer(x).astype(jnp.float32) / self.cap)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from maxlike.models.config import LayerConfig, TransformerConfig
-from maxlike.models.registry import canonical_names, family_of, hf_name, parse_config, unparse_config
+from maxlike.models.family import canonical_names, hf_name
+from maxlike.models.registry import family_of, parse_config, unparse_config
 from maxlike.nn.rotary_embedding import LinearScaling, Llama3Scaling, RotaryEmbedding, YarnScaling
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -13,7 +13,8 @@ from flax import nnx
 
 from maxlike.models.build import build_model
 from maxlike.models.config import TransformerConfig
-from maxlike.models.registry import canonical_names, family_of, hf_name, parse_config, unparse_config
+from maxlike.models.family import canonical_names, hf_name
+from maxlike.models.registry import family_of, parse_config, unparse_config
 from maxlike.nn.transformer.segments import named_parameters
 
 transformers = pytest.importorskip("transformers")

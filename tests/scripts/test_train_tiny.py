@@ -226,17 +226,18 @@ def test_continuing_takes_the_likeliest_each_time(scripts, trained: Path) -> Non
     assert ended[0] == free[0][:free[0].index(free[0][3]) + 1]
 
 
-@pytest.mark.parametrize(("text", "complete", "expected"), [
-    ("def f():\n    return 1", True, True),
-    ("def f():\n    return (", True, False),
-    ("def f():\n    return 1\n    x = (", False, True),
-    ("def f():\n    return (\n    x", False, False),
-    ("def f():", False, True),  # nothing but an unfinished line
-    ("def f():\n    ", False, False),
-    ("def f():\n    '''\n    x\n", False, False),
+@pytest.mark.parametrize(("continuation", "complete", "expected"), [
+    ("\n    return 1", True, True),
+    ("\n    return (", True, False),
+    ("\n    return 1\n    x = (", False, True),
+    ("\n    return (\n    x", False, False),
+    (" return 1 +", False, False),  # nothing but an unfinished line proves nothing
+    ("", True, False),
+    ("\n    ", False, False),
+    ("\n    '''\n    x\n", False, False),
 ])
-def test_parses(scripts, text: str, complete: bool, expected: bool) -> None:
-    assert scripts[1].parses(text, complete) is expected
+def test_parses(scripts, continuation: str, complete: bool, expected: bool) -> None:
+    assert scripts[1].parses("def f():", continuation, complete) is expected
 
 
 @pytest.mark.skipif(not (EMBEDDED / "tokenizer.json").is_file(), reason="no embedded model")

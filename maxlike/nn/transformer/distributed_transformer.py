@@ -162,9 +162,10 @@ class DistributedTransformer(Module):
             for a sequence without tokens. `kv_pages` is `None` without a cache.
 
         Raises:
-            ValueError: shapes are off, or (outside `jax.jit`) a token id is beyond the vocabulary.
+            ValueError: shapes are off, or (outside `jax.jit`) a token id is beyond the vocabulary or a sequence
+                beyond its pages.
         """
-        tokens, offsets = self._check_batch(tokens, input_row_offsets)
+        tokens, offsets = self._check_batch(tokens, input_row_offsets, kv_cache_inputs)
         if self.return_logits == ReturnLogits.VARIABLE and (
                 not isinstance(return_n_logits, int) or return_n_logits < 1):
             raise ValueError(f"ReturnLogits.VARIABLE needs return_n_logits, an int of at least 1; got "
@@ -177,7 +178,7 @@ class DistributedTransformer(Module):
     def hidden_states(self, tokens: jax.Array | np.ndarray, kv_cache_inputs: tuple[Any, Any, Any] | None,
                       input_row_offsets: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array | None]:
         """As a call, but stops before the head: `([T, D] after the final norm, kv_pages)`."""
-        tokens, offsets = self._check_batch(tokens, input_row_offsets)
+        tokens, offsets = self._check_batch(tokens, input_row_offsets, kv_cache_inputs)
         pages, *rest = (None,) if kv_cache_inputs is None else kv_cache_inputs
         graphdef, state = nnx.split(self)
         return _jitted("_hidden_states", graphdef, state, pages, tuple(rest), tokens, offsets)
@@ -194,9 +195,11 @@ class DistributedTransformer(Module):
                 if its != expected:
                     raise ValueError(f"By n_heads and kv_params attention has {expected}, but a layer has {its}.")
 
-    def _check_batch(self, tokens: Any, row_offsets: Any) -> tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]:
-        tokens, row_offsets = (x if isinstance(x, jax.Array) else np.asarray(x, np.int32)
-                               for x in (tokens, row_offsets))
+    def _check_batch(self, tokens: Any, row_offsets: Any, kv_cache_inputs: Any) -> tuple[Any, Any]:
+        tokens, row_offsets = (x if isinstance(x, jax.Array) else np.asarray(x) for x in (tokens, row_offsets))
+        if not all(jnp.issubdtype(x.dtype, jnp.integer) for x in (tokens, row_offsets)):
+            raise ValueError(f"tokens and input_row_offsets must be integers; got {tokens.dtype} and "
+                             f"{row_offsets.dtype}.")
         if tokens.ndim != 1 or row_offsets.ndim != 1 or row_offsets.shape[0] < 2 or tokens.shape[0] < 1:
             raise ValueError("tokens must be int32[T] and input_row_offsets int32[S + 1], with T and S at least 1; got "
                              f"shapes {tokens.shape} and {row_offsets.shape}.")
@@ -209,7 +212,14 @@ class DistributedTransformer(Module):
             if ((ids < 0) | (ids >= self.vocab_size)).any():
                 bad = ids[(ids < 0) | (ids >= self.vocab_size)][0]
                 raise ValueError(f"Token id {bad} is beyond the vocabulary: ids are 0 to {self.vocab_size - 1}.")
-        return tokens, row_offsets
+            if kv_cache_inputs is not None:
+                pages, *rest = kv_cache_inputs
+                if not any(isinstance(x, jax.core.Tracer) for x in rest):
+                    lengths, table = map(np.asarray, rest)
+                    if len(lengths) == len(table) == len(offsets) - 1:  # else the constructor says what is wrong
+                        self.kv_params.check_step(pages.shape[0] // self.kv_params.n_layers, lengths, table,
+                                                  np.diff(offsets))
+        return tokens.astype(np.int32), row_offsets.astype(np.int32)
 
     def _hidden_states(self, pages: jax.Array | None, rest: tuple[Any, ...], tokens: jax.Array,
                        row_offsets: jax.Array) -> tuple[jax.Array, jax.Array | None]:
