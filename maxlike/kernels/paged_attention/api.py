@@ -79,7 +79,7 @@ def ragged_paged_attention(
     )(*arrays)
 
 
-def _check(q, k, v, pages, cache_lengths, page_table, row_offsets, sliding_window, soft_cap) -> None:
+def _check(q, k, v, pages, cache_lengths, page_table, row_offsets, sliding_window, soft_cap):
     given = f"q {q.shape}, k {k.shape}, v {v.shape}, pages {pages.shape}"
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or k.shape[::2] != q.shape[::2]:
         raise ValueError(f"q must be [T, N, H] and k and v both [T, K, H]; given {given}")
@@ -103,13 +103,17 @@ def _check(q, k, v, pages, cache_lengths, page_table, row_offsets, sliding_windo
             "cache_lengths must be [S], page_table [S, M] and row_offsets [S + 1]; given "
             + ", ".join(f"{name} {x.shape}" for name, x in indices.items())
         )
+    if 0 in (q.size, pages.size, page_table.size):
+        raise ValueError(
+            f"there must be a token, a sequence and a page at least; given {given}, page_table {page_table.shape}"
+        )
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1 token, or None; given {sliding_window}")
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap must be positive, or None; given {soft_cap}")
 
 
-def _head_axes(q, k, v, pages) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _head_axes(q, k, v, pages):
     """The mesh axes that the query heads, and that the KV heads are sharded over."""
     specs = dict(q=jax.typeof(q).sharding.spec, k=jax.typeof(k).sharding.spec,
                  v=jax.typeof(v).sharding.spec, pages=jax.typeof(pages).sharding.spec)  # fmt: skip
@@ -132,7 +136,7 @@ def _head_axes(q, k, v, pages) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return q_axes, kv_axes
 
 
-def _as_tuple(axes) -> tuple[str, ...]:
+def _as_tuple(axes):
     if axes is None:
         return ()
     return axes if isinstance(axes, tuple) else (axes,)

@@ -41,8 +41,8 @@ def ragged_paged_attention(
         for token in range(begin, end):
             position = cache_lengths[s] + token - begin
             first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
-            seen = [pages[row, :, slot] for row, slot in map(place, range(first, position + 1))]
-            seen = np.stack(seen, axis=1).astype(np.float32)  # [K, positions, W]
+            slots = [pages[row, :, slot] for row, slot in map(place, range(first, position + 1))]
+            seen = np.stack(slots, axis=1).astype(np.float32)  # [K, positions, W]
             for n in range(n_heads):
                 keys, values = seen[n // group, :, :head_dim], seen[n // group, :, head_dim : 2 * head_dim]
                 scores = scale * keys @ q[token, n].astype(np.float32)

@@ -1,17 +1,262 @@
-"""Ragged paged attention: every case against the reference, sharded, donated, and with bad input."""
+"""Ragged paged attention: every case against the reference, sharded, in place, by cost, and with bad input."""
 
-import functools
+import dataclasses
+import time
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import P, lax
+from jax.sharding import AxisType, NamedSharding
 
 from maxlike.kernels.paged_attention import ragged_paged_attention
-from maxlike.kernels.paged_attention.cases import CASES, check, make_inputs
+from maxlike.kernels.paged_attention.cases import CASES, Case, check, make_inputs
+
+attend = jax.jit(
+    ragged_paged_attention, static_argnames=("scale", "sliding_window", "soft_cap"), donate_argnames="pages"
+)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_reference(case):
     inputs = make_inputs(case)
-    out, pages = jax.jit(functools.partial(ragged_paged_attention, **case.options()))(**inputs)
+    check(case, inputs, *attend(**inputs, **case.options()))
+
+
+def test_cases_are_named_once():
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+# Raggedness of every kind, in shapes that the cases have compiled already.
+RAGGED = st.lists(
+    st.tuples(st.integers(0, 300), st.one_of(st.integers(0, 1), st.integers(0, 16))), min_size=1, max_size=8
+)
+
+
+@hypothesis.given(rows=RAGGED, sliding_window=st.sampled_from([None, 33]), seed=st.integers(0, 2**32 - 1))
+@hypothesis.settings(max_examples=25)
+def test_random_raggedness(rows, sliding_window, seed):
+    case = Case("random", tuple(rows), sliding_window=sliding_window)
+    inputs = make_inputs(case, seed)
+    check(case, inputs, *attend(**inputs, **case.options()))
+
+
+@pytest.mark.slow
+@hypothesis.given(
+    rows=st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 60)), min_size=1, max_size=8),
+    page_size=st.sampled_from([8, 24, 64, 256]),
+    heads=st.sampled_from([(4, 2), (3, 3), (8, 1)]),
+    head_dim=st.sampled_from([16, 80]),
+    sliding_window=st.sampled_from([None, 7, 64, 500]),
+    soft_cap=st.sampled_from([None, 3.0]),
+    seed=st.integers(0, 2**32 - 1),
+)
+@hypothesis.settings(max_examples=150)
+def test_random_shapes(rows, page_size, heads, head_dim, sliding_window, soft_cap, seed):
+    case = Case(
+        "random", tuple(rows), n_heads=heads[0], kv_heads=heads[1], head_dim=head_dim, page_size=page_size,
+        sliding_window=sliding_window, soft_cap=soft_cap,
+    )  # fmt: skip
+    inputs = make_inputs(case, seed)
+    check(case, inputs, *attend(**inputs, **case.options()))
+
+
+# --- Sharded over heads
+
+
+def shard(inputs, mesh, heads, kv_heads):
+    specs = dict(q=P(None, heads), k=P(None, kv_heads), v=P(None, kv_heads), pages=P(None, kv_heads))
+    return {name: jax.device_put(x, NamedSharding(mesh, specs.get(name, P()))) for name, x in inputs.items()}
+
+
+def explicit_mesh(devices, shape, names):
+    return jax.make_mesh(shape, names, (AxisType.Explicit,) * len(names), devices=devices)
+
+
+@pytest.mark.parametrize(
+    "shape, names, heads, kv_heads, n_heads, n_kv_heads",
+    [
+        ((8,), ("model",), "model", "model", 16, 8),
+        ((2, 4), ("kv", "rep"), ("kv", "rep"), "kv", 8, 2),
+        ((1, 8), ("kv", "rep"), ("kv", "rep"), "kv", 16, 1),
+        ((2,), ("model",), None, None, 4, 2),
+    ],
+    ids=["model", "kv_2_rep_4", "kv_1_rep_8", "replicated"],
+)
+def test_sharded_over_heads(devices, shape, names, heads, kv_heads, n_heads, n_kv_heads):
+    rows = ((40, 1), (0, 9), (30, 3), (5, 0), (100, 1))
+    case = Case("sharded", rows, n_heads=n_heads, kv_heads=n_kv_heads, head_dim=16, layers=2, layer=1)
+    mesh = explicit_mesh(devices, shape, names)
+
+    def step(inputs):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            out, pages = ragged_paged_attention(**inputs, **case.options())
+            assert jax.typeof(out).sharding.spec == jax.typeof(inputs["q"]).sharding.spec
+            assert jax.typeof(pages).sharding.spec == jax.typeof(inputs["pages"]).sharding.spec
+            return out, pages
+
+    inputs = make_inputs(case)
+    check(case, inputs, *jax.jit(step)(shard(inputs, mesh, heads, kv_heads)))
+
+
+def test_sharding_that_splits_a_group_is_refused(devices):
+    mesh = explicit_mesh(devices[:4], (2, 2), ("kv", "rep"))
+    inputs = make_inputs(Case("refused", ((3, 1),), n_heads=8, kv_heads=4, head_dim=16))
+    for heads, kv_heads, message in (
+        (("kv", "rep"), "kv", "2 KV heads a device"),  # two KV heads a device, and each rep needs one of them
+        ("rep", "kv", "sharded over the mesh axes of the KV heads"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(lambda x: ragged_paged_attention(**x, scale=1.0), shard(inputs, mesh, heads, kv_heads))
+    mixed = shard(inputs, mesh, "kv", "kv") | dict(pages=shard(inputs, mesh, "kv", None)["pages"])
+    with pytest.raises(ValueError, match="same mesh axes"):
+        jax.eval_shape(lambda x: ragged_paged_attention(**x, scale=1.0), mixed)
+    tokens = shard(inputs, mesh, "kv", "kv") | dict(q=jax.device_put(inputs["q"], NamedSharding(mesh, P("rep", "kv"))))
+    with pytest.raises(ValueError, match=r"dimension 1\) only"):
+        jax.eval_shape(lambda x: ragged_paged_attention(**x, scale=1.0), tokens)
+
+
+# --- The cache stays where it is
+
+LAYERS = 3
+
+
+def unrolled(q, k, v, pages, *batch, pages_per_layer):
+    for layer in range(LAYERS):
+        out, pages = ragged_paged_attention(q, k, v, pages, *batch, first_page=layer * pages_per_layer, scale=0.1)
+        q, k, v = q + out, k + out[:, :2], v - out[:, :2]  # the next layer's input comes from this one's output
+    return q, pages
+
+
+def scanned(q, k, v, pages, *batch, pages_per_layer):
+    def body(carry, layer):
+        q, k, v, pages = carry
+        out, pages = ragged_paged_attention(q, k, v, pages, *batch, first_page=layer * pages_per_layer, scale=0.1)
+        return (q + out, k + out[:, :2], v - out[:, :2], pages), None
+
+    (q, _, _, pages), _ = lax.scan(body, (q, k, v, pages), jnp.arange(LAYERS))
+    return q, pages
+
+
+# jax 0.10 upcasts a whole bfloat16 cache on CPU at each scatter: there the cache is float32.
+OLD_JAX = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11)
+
+
+@pytest.mark.parametrize(
+    "cache_dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.skipif(OLD_JAX, reason="upcast on CPU"))]
+)
+def test_cache_is_never_copied(cache_dtype):
+    case = Case("layers", ((0, 1), (0, 33), (0, 15)), head_dim=16, cache_dtype=cache_dtype)
+    inputs = make_inputs(case)
+    pages_per_layer = 2**24 // inputs["pages"][0].size // LAYERS
+    names = ("q", "k", "v", "pages", "cache_lengths", "page_table", "row_offsets")
+    results = []
+    for layers in (unrolled, scanned):
+        shape = (LAYERS * pages_per_layer, *inputs["pages"].shape[1:])
+        arrays = jax.device_put(inputs | dict(pages=np.full(shape, np.nan, cache_dtype)))
+        arrays = [arrays[name] for name in names]
+        cache_bytes = arrays[3].nbytes
+        step = jax.jit(layers, static_argnames="pages_per_layer", donate_argnums=3)
+        step = step.lower(*arrays, pages_per_layer=pages_per_layer).compile()
+        memory = step.memory_analysis()
+        assert memory.alias_size_in_bytes >= cache_bytes
+        assert memory.temp_size_in_bytes < cache_bytes / 30
+        out, pages = step(*arrays)
+        assert arrays[3].is_deleted()
+        results.append((np.asarray(out[:49], np.float32), np.asarray(pages, np.float32)))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    assert np.isfinite(results[0][0]).all()
+
+
+# --- Cost follows the lengths
+
+
+def test_cost_follows_actual_lengths():
+    shape = dict(n_heads=16, kv_heads=4, head_dim=64, page_size=32)
+    batches = [
+        make_inputs(Case("cost", rows, **shape))
+        for rows in (8 * ((50, 1),), 8 * ((2000, 1),), ((2000, 1), *7 * ((50, 1),)))
+    ]
+    n_rows = max(len(inputs["pages"]) for inputs in batches)
+    for inputs in batches:  # equal shapes, so one program
+        inputs["pages"] = np.resize(inputs["pages"], (n_rows, *inputs["pages"].shape[1:]))
+        inputs["page_table"] = np.resize(inputs["page_table"], (8, 64)) % n_rows
+
+    def cost(inputs):  # processor time of the best of several runs: other processes must not count
+        inputs = jax.device_put(inputs)
+        times = []
+        for _ in range(8):
+            start = time.process_time()
+            _, inputs["pages"] = jax.block_until_ready(attend(**inputs, scale=0.125))
+            times.append(time.process_time() - start)
+        return min(times[1:])
+
+    short, long, one_long = map(cost, batches)
+    assert short < long / 5, (short, long)
+    assert one_long < long / 3, (one_long, long)
+
+
+# --- Bad input
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(q=(12, 4)), r"q must be \[T, N, H\].*given q \(12, 4\)"),
+        (dict(k=(11, 2, 16)), r"k \(11, 2, 16\)"),
+        (dict(v=(12, 2, 8)), r"v \(12, 2, 8\)"),
+        (dict(q=(12, 5, 16)), "query heads must be a multiple of the KV heads"),
+        (dict(pages=(8, 4, 16, 32)), "K = 2 KV heads"),
+        (dict(pages=(8, 2, 16, 31)), "W >= 32 lanes"),
+        (dict(pages=(8, 2, 16, 2, 16)), r"pages \(8, 2, 16, 2, 16\)"),
+        (dict(row_offsets=(3,)), r"row_offsets \[S \+ 1\]; given cache_lengths \(3,\)"),
+        (dict(page_table=(4, 5)), r"page_table \(4, 5\)"),
+        (dict(cache_lengths=(3, 1)), r"cache_lengths \(3, 1\)"),
+        (dict(cache_lengths=jnp.float32), "cache_lengths must be int32, not float32"),
+        (dict(page_table=jnp.int16), "page_table must be int32, not int16"),
+        (dict(pages=jnp.int8), "pages must be of a floating dtype, not int8"),
+        (dict(page_table=(3, 0)), r"a page at least; given .*page_table \(3, 0\)"),
+        (dict(sliding_window=0), "sliding_window must be at least 1"),
+        (dict(soft_cap=0.0), "soft_cap must be positive"),
+    ],
+    ids=str,
+)
+def test_bad_input(change, message):
+    arguments = dict(
+        q=jax.ShapeDtypeStruct((12, 4, 16), jnp.float32),
+        k=jax.ShapeDtypeStruct((12, 2, 16), jnp.float32),
+        v=jax.ShapeDtypeStruct((12, 2, 16), jnp.float32),
+        pages=jax.ShapeDtypeStruct((8, 2, 16, 32), jnp.float32),
+        cache_lengths=jax.ShapeDtypeStruct((3,), jnp.int32),
+        page_table=jax.ShapeDtypeStruct((3, 5), jnp.int32),
+        row_offsets=jax.ShapeDtypeStruct((4,), jnp.int32),
+    )
+    options = dict(scale=1.0)
+    for name, value in change.items():
+        if name not in arguments:
+            options[name] = value
+        elif isinstance(value, tuple):
+            arguments[name] = jax.ShapeDtypeStruct(value, arguments[name].dtype)
+        else:
+            arguments[name] = jax.ShapeDtypeStruct(arguments[name].shape, value)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda x: ragged_paged_attention(**x, **options), arguments)
+
+
+def test_check_can_fail():
+    case = dataclasses.replace(CASES[0], name="failing")
+    inputs = make_inputs(case)
+    out, pages = map(np.array, attend(**inputs, **case.options()))
     check(case, inputs, out, pages)
+    wrong = out.copy()
+    wrong[0, 0, 0] += 1e-3
+    with pytest.raises(AssertionError):
+        check(case, inputs, wrong, pages)
+    unused = np.argwhere(np.isnan(pages).all(axis=(1, 2, 3)))[0, 0]
+    pages[unused, 0, 0, 0] = 1.0
+    with pytest.raises(AssertionError):
+        check(case, inputs, out, pages)
