@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("maxlike:", "; ".join(line.strip() for line in str(error).splitlines() if line.strip()), file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our text has seen enough
-        sys.stderr.close()
+        # What is still in the buffer goes nowhere, or Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         return 130

@@ -401,6 +401,7 @@ def test_being_interrupted(run: Run, folder: Path, monkeypatch: pytest.MonkeyPat
 def start(cache: Path, *argv: Any, **options: Any) -> subprocess.Popen[str]:
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache),
                                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment.pop("PYTHONUNBUFFERED", None)  # it would hide what is forgotten in buffers
     return subprocess.Popen([sys.executable, "-m", "maxlike", *map(str, argv)], cwd=ROOT, env=environment, text=True,
                             encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
