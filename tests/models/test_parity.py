@@ -109,10 +109,10 @@ def write(case: Case, oracle: Any, folder: Path) -> Any:
 
 
 def assert_close(ours: np.ndarray, theirs: np.ndarray, where: str) -> None:
-    """To 1e-4, which leaves room for the rounding of float32 alone."""
+    """To 1e-4, where logits are large to 2e-5 of the largest: `transformers` is as far from its own float64."""
     assert np.isfinite(ours).all() and ours.shape == theirs.shape, where
-    worst = np.abs(ours - theirs).max()
-    assert worst <= 1e-4, f"{where}: off by {worst:.2e}, the largest logit being {np.abs(theirs).max():.1f}"
+    worst, largest = np.abs(ours - theirs).max(), np.abs(theirs).max()
+    assert worst <= max(1e-4, 2e-5 * largest), f"{where}: off by {worst:.2e}, the largest logit being {largest:.1f}"
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
@@ -132,7 +132,7 @@ def test_the_other_way_of_running_them(name: str, oracle: Any, tmp_path: Path, d
     case = CASES[name]
     soft_cap_scores(case, monkeypatch)
     theirs = write(case, oracle, tmp_path)
-    n_devices = 1 if case.n_devices > 1 else case.config.get("text_config", case.config)["num_key_value_heads"] * 2
+    n_devices = 1 if case.n_devices > 1 else case.config.get("text_config", case.config)["num_attention_heads"]
     check(theirs, tmp_path, oracle, devices[:n_devices], not case.use_subgraphs, True)
 
 
