@@ -126,22 +126,25 @@ def make_mesh(devices: Sequence[DeviceRef | jax.Device] | None = None, *, n_head
     return Mesh(ring.devices.reshape(n_kv_heads, -1), ("kv", "rep"), axis_types=(AxisType.Explicit,) * 2)
 
 
-def as_mesh(devices: Devices, **heads: int) -> Mesh:
-    """`devices` itself when it is a mesh, else `make_mesh(devices, **heads)`.
+def as_mesh(devices: Devices, *, n_heads: int | None = None, n_kv_heads: int | None = None,
+            **dimensions: int) -> Mesh:
+    """`devices` itself when it is a mesh that fits, else what `make_mesh` makes of them; arguments as there.
 
     Raises:
         ValueError: a mesh has an axis that is not `AxisType.Explicit`, or its size does not fit the heads.
     """
     if not isinstance(devices, Mesh):
-        return make_mesh(devices, **heads)
-    if heads:
+        return make_mesh(devices, n_heads=n_heads, n_kv_heads=n_kv_heads, **dimensions)
+    if n_heads is not None:
+        n_kv_heads = n_kv_heads or n_heads
         sizes = dict(devices.shape)
-        cut = {axis: sizes.get(axis, 1) for axis in ("model", "kv", "rep")}
-        check_tensor_parallel_size(cut["model"] * cut["kv"] * cut["rep"], **heads)
-        if heads["n_kv_heads"] % (cut["model"] * cut["kv"]):
-            raise ValueError(f"The mesh {sizes} cuts {heads['n_kv_heads']} KV heads into {cut['model'] * cut['kv']}. "
-                             f"Make it with make_mesh(devices, n_heads={heads['n_heads']}, "
-                             f"n_kv_heads={heads['n_kv_heads']}), which factors the model axis.")
+        parts, sharers = sizes.get("model", 1) * sizes.get("kv", 1), sizes.get("rep", 1)
+        check_tensor_parallel_size(parts * sharers, n_heads, n_kv_heads, **dimensions)
+        # Where devices share KV heads each must find just one, or it would not know which its queries read.
+        if n_kv_heads % parts or (sharers > 1 and n_kv_heads != parts):
+            raise ValueError(f"The mesh {sizes} cuts {n_kv_heads} KV heads into {parts}, for {sharers} devices each. "
+                             f"Make it with make_mesh(devices, n_heads={n_heads}, n_kv_heads={n_kv_heads}), which "
+                             "factors the model axis as they need it.")
     if any(kind != AxisType.Explicit for kind in devices.axis_types):
         raise ValueError(f"The mesh's axes {devices.axis_names} have types {devices.axis_types}; maxlike needs "
                          "AxisType.Explicit on each: jax.make_mesh(shape, names, axis_types=(AxisType.Explicit, ...)).")
