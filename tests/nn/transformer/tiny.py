@@ -45,7 +45,7 @@ class Tiny:
 
     n_heads: int = 8
     n_kv_heads: int = 2
-    windows: tuple[int | None, ...] = (None, None, None)
+    windows: tuple[int | None, ...] = (None, None)
     head_dim: int = 8
     dim: int = 36
     mlp_dim: int = 48
