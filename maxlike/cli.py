@@ -32,7 +32,7 @@ EMBEDDED_MODEL = Path(__file__).parent / "embedded"
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"maxlike: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"maxlike: {message} (see maxlike --help, maxlike generate --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

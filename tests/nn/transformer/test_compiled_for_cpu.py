@@ -52,6 +52,6 @@ def test_temporaries_stay_below_one_layers_weights(devices: list[jax.Device], dt
     memory = runner(devices[:n_devices], dtype, tied, n_sequences).compile(n_sequences).memory_analysis()
     cache = LAYERS * PAGES * K * PAGE_SIZE * 2 * H * 4  # float32 on CPU
     layer = (2 * N * H * D + 2 * K * H * D + 3 * D * F) * jnp.dtype(dtype).itemsize
-    assert cache > 10 * layer and V * D * 4 > 2 * layer  # a copy of either would show
+    assert cache > 10 * layer and 2 * layer < V * D * 4  # a copy of either would show
     assert memory.alias_size_in_bytes == cache // n_devices
     assert memory.temp_size_in_bytes < layer // n_devices

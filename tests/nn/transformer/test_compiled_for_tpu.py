@@ -60,7 +60,8 @@ def compile_decode(topology: str, axes: dict[str, int], gemm: bool) -> str:
     pages = jax.ShapeDtypeStruct(params.shape(PAGES, "tpu"), params.dtype, sharding=params.sharding(mesh))
     S = SEQUENCES
     return jax.jit(step, donate_argnums=1).lower(
-        jax.tree.map(typed, state), pages, ints(S), ints(S), ints(S, PAGES_PER_SEQUENCE), ints(S + 1)).compile().as_text()
+        jax.tree.map(typed, state), pages, ints(S), ints(S), ints(S, PAGES_PER_SEQUENCE), ints(S + 1),
+    ).compile().as_text()
 
 
 def rings(body: str) -> list[list[Permute]]:

@@ -33,7 +33,6 @@ from maxlike.nn.transformer.distributed_transformer import (
 )
 from maxlike.nn.transformer.segments import named_parameters
 from tests.nn.transformer.tiny import (
-    PAGE_SIZE,
     ROOM,
     STEPS,
     Tiny,
