@@ -127,4 +127,4 @@ def compute_dtype(config: TransformerConfig, dtype: DTypeLike | None) -> jnp.dty
     for possible in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
         if dtype in (possible, possible.name):
             return possible
-    raise ValueError(f"Models compute in float32 or bfloat16; got {dtype!r}.")
+    raise ValueError(f"Models compute in float32 or bfloat16; got {dtype}.")

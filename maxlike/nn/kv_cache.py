@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,9 +65,14 @@ class KVCacheParams:
             object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         except TypeError as error:
             raise ValueError(f"KVCacheParams.dtype must name a dtype; got {self.dtype!r}.") from error
-        for name in ("n_kv_heads", "head_dim", "n_layers", "page_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"KVCacheParams.{name} must be at least 1; got {getattr(self, name)}.")
+        if self.cache_strategy not in list(KVCacheStrategy):
+            raise ValueError(f"KVCacheParams.cache_strategy must be one of {', '.join(KVCacheStrategy)}; got "
+                             f"{self.cache_strategy!r}.")
+        object.__setattr__(self, "cache_strategy", KVCacheStrategy(self.cache_strategy))
+        for name in ("n_kv_heads", "head_dim", "n_layers", "page_size", "max_seq_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"KVCacheParams.{name} must be at least 1; got {value}.")
         if (self.cache_strategy == KVCacheStrategy.CONTINUOUS) != (self.max_seq_len is not None):
             raise ValueError(f"max_seq_len belongs to the continuous strategy, and it needs it; got max_seq_len="
                              f"{self.max_seq_len} with {self.cache_strategy.value!r}.")
@@ -192,11 +198,21 @@ def _check(params: KVCacheParams, pages: jax.Array, cache_lengths: jax.Array, pa
                          f"{cache_lengths.shape} and {page_table.shape}.")
 
 
+def _check_strategy(fetch: Any, needed: KVCacheStrategy) -> None:
+    given = fetch.kv_params.cache_strategy
+    if given != needed:
+        raise ValueError(f"{type(fetch).__name__} needs KVCacheParams with cache_strategy={needed.value!r}; got "
+                         f"{given.value!r}.")
+
+
 @dataclass(frozen=True)
 class FetchPagedKVCacheCollection:
     """`(pages, cache_lengths int32[S], page_table int32[S, M]) -> PagedKVCacheCollection`."""
 
     kv_params: KVCacheParams
+
+    def __post_init__(self) -> None:
+        _check_strategy(self, KVCacheStrategy.PAGED)
 
     def __call__(self, pages: jax.Array, cache_lengths: jax.Array, page_table: jax.Array) -> PagedKVCacheCollection:
         """The cache for one step.
@@ -219,9 +235,7 @@ class FetchContinuousBatchingKVCacheCollection:
     kv_params: KVCacheParams
 
     def __post_init__(self) -> None:
-        if self.kv_params.cache_strategy != KVCacheStrategy.CONTINUOUS:
-            raise ValueError("FetchContinuousBatchingKVCacheCollection needs KVCacheParams with "
-                             f"cache_strategy='continuous'; got {self.kv_params.cache_strategy.value!r}.")
+        _check_strategy(self, KVCacheStrategy.CONTINUOUS)
 
     def __call__(self, pages: jax.Array, cache_lengths: jax.Array,
                  page_table: jax.Array) -> ContinuousBatchingKVCacheCollection:
