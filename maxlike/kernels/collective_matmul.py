@@ -42,7 +42,8 @@ def matmul_allreduce(x: jax.Array, weight: jax.Array) -> jax.Array:
     axes = _shared_axes(x, weight)
     mesh, rows = jax.typeof(x).sharding.mesh, jax.typeof(x).sharding.spec[0]
     if math.prod(mesh.shape[axis] for axis in axes) == 1:
-        return _product(x, weight, out_sharding=jax.P(rows, None) if axes else None).astype(x.dtype)
+        whole = jax.sharding.NamedSharding(mesh, jax.P(rows, None)) if axes else None
+        return _product(x, weight, out_sharding=whole).astype(x.dtype)
     # That the gathered columns are alike on all devices is more than check_vma can tell.
     per_device = functools.partial(_ring, axes=axes)
     return jax.shard_map(per_device, mesh=mesh, out_specs=jax.P(rows, None), check_vma=False)(x, weight)

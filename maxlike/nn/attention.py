@@ -68,10 +68,14 @@ class AttentionWithRope(Module):
                  scale: float | None = None, has_bias: bool = False, has_output_bias: bool = False,
                  qk_norm_eps: float | None = None, qk_norm_offset: float = 0.0, sliding_window: int | None = None,
                  logit_soft_cap: float | None = None, rules: ShardingRules = ShardingRules()):
-        if num_attention_heads % num_key_value_heads:
+        if min(num_attention_heads, num_key_value_heads) < 1 or num_attention_heads % num_key_value_heads:
             raise ValueError(f"{num_attention_heads} query heads cannot share {num_key_value_heads} KV heads evenly.")
+        if rope is not None and rope.head_dim != head_dim:
+            raise ValueError(f"rope.head_dim is {rope.head_dim}, but attention has head_dim {head_dim}.")
         if sliding_window is not None and sliding_window < 1:
             raise ValueError(f"sliding_window must be at least 1, or None for all tokens; got {sliding_window}.")
+        if logit_soft_cap is not None and logit_soft_cap <= 0:
+            raise ValueError(f"logit_soft_cap must be above 0, or None for no cap; got {logit_soft_cap}.")
         mesh = as_mesh(devices, n_heads=num_attention_heads, n_kv_heads=num_key_value_heads)
         self.n_heads, self.n_kv_heads, self.head_dim = num_attention_heads, num_key_value_heads, head_dim
         self.rope, self.sliding_window, self.logit_soft_cap = rope, sliding_window, logit_soft_cap
