@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -397,7 +398,7 @@ def plain_attention(layer: nn.AttentionWithRope, x: np.ndarray, offsets: np.ndar
     v = product(x, layer.v_proj).reshape(k.shape)
     k, v = (np.repeat(each, n_heads // each.shape[1], axis=1) for each in (k, v))
     out = np.zeros_like(q)
-    for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+    for begin, end in itertools.pairwise(offsets):
         for i in range(begin, end):
             first = begin if window is None else max(begin, i - window + 1)
             scores = scale * np.einsum("nh,jnh->nj", q[i], k[first : i + 1])
