@@ -141,6 +141,9 @@ def test_products_accumulate_in_float32(rows: int, dtype: Any) -> None:
     assert y.shape == (rows, 7) and y.dtype == dtype
     # One rounding at the end; bfloat16 sums of 4096 terms would be percents off.
     close(y, double(x) @ double(weight).T, 2**-8 if dtype == BF16 else 1e-6)
+    # On CPU they come out so whatever is asked for; on other platforms it has to be asked for.
+    (product,) = (e for e in jax.make_jaxpr(matmul)(x, weight).eqns if e.primitive.name == "dot_general")
+    assert product.params["preferred_element_type"] == F32
 
 
 def test_tied_weights(devices: list[jax.Device]) -> None:
