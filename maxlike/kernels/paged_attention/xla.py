@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-SMALL_BLOCK, LARGE_BLOCK = 64, 256  # tokens of K and V read at a time (a page, if that is larger)
+# Tokens of K and V read at a time (a page, if that is larger). Small blocks have masks. Large ones lie where a single
+# token sees everything, and save it overhead; a tile of many tokens has enough to do with a small block.
+SMALL_BLOCK, LARGE_BLOCK = 64, 256
 TILE = 64  # query tokens of one sequence that share the reading of a block
 NO_SCORE = -1e30  # finite: a row that has no score yet then gives exp(0), wiped out by its first real score
 
@@ -90,7 +92,7 @@ class _Tile(NamedTuple):
     first_block: jax.Array  # and in small blocks from this one on,
     n_small: jax.Array  # so many of them read one by one;
     inner: jax.Array  # those from this one on
-    n_large: jax.Array  # are seen in full by all of the tile's tokens, and read in so many large blocks
+    n_large: jax.Array  # are read in so many large blocks
 
 
 def _block_sizes(pages):
@@ -115,13 +117,13 @@ def _cut(width, n_tiles, cache_lengths, row_offsets, pages, T, sliding_window):
     row = jnp.clip(first, 0, T - width)
     to_position = cache_lengths[s] - row_offsets[s]
     stop = end + to_position
-    start, seen_by_last = jnp.zeros_like(s), jnp.zeros_like(s)
+    start = jnp.zeros_like(s)
     if sliding_window is not None:
         start = jnp.maximum(0, first + to_position - sliding_window + 1)
-        seen_by_last = jnp.maximum(0, stop - sliding_window)
-    first_block = start // small
-    inner = -(-seen_by_last // small)
-    n_large = jnp.maximum(0, (first + to_position + 1) // small - inner) // (large // small)
+    first_block, inner = start // small, -(-start // small)
+    n_large = jnp.zeros_like(s)
+    if width == 1:
+        n_large = jnp.maximum(0, stop // small - inner) // (large // small)
     tile = _Tile(
         sequence=s, row=row, first=first, end=end, position=row + to_position,
         start=start, stop=stop, first_page=start // page_size, last_page=(stop - 1) // page_size,
@@ -183,7 +185,6 @@ def _attend(q, pages, table, tile, *, scale, sliding_window, soft_cap):
         acc = shrink[..., None] * acc + dot("krb,kbh->krh", p.astype(dtype), values)
         return m_next, shrink * l + p.sum(-1), acc
 
-    # Large blocks without a mask where all of the tile's tokens see everything, small ones with a mask at the edges.
     step = large // small
 
     def add_large(i, carry):
@@ -195,7 +196,8 @@ def _attend(q, pages, table, tile, *, scale, sliding_window, soft_cap):
 
     m = jnp.full(rows.shape[:2], NO_SCORE, jnp.float32)
     carry = m, jnp.zeros_like(m), jnp.zeros((*m.shape, H if split else lanes), jnp.float32)
-    carry = lax.fori_loop(0, tile.n_large, add_large, carry)
+    if n == 1:
+        carry = lax.fori_loop(0, tile.n_large, add_large, carry)
     _, l, acc = lax.fori_loop(0, tile.n_small, add_small, carry)
     out = (acc if split else acc[..., H : 2 * H]) / l[..., None]
     return out.reshape(K, n, N // K, H).transpose(1, 0, 2, 3).reshape(n, N, H).astype(q.dtype)
