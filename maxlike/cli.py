@@ -16,7 +16,7 @@ import flax
 import jax
 
 import maxlike
-from maxlike.engine.generate import Figures, generate
+from maxlike.engine.generate import Figures, check_prompt, generate
 from maxlike.engine.sampling import SamplingParams
 from maxlike.mesh import check_tensor_parallel_size
 from maxlike.models.build import compute_dtype, default_kv_params, mesh_for
@@ -118,6 +118,7 @@ def _generate(args: argparse.Namespace) -> None:
         tokenizer: Tokenizer | None = None
         tokenizer = Tokenizer.from_folder(folder)
     prompt = _prompt_ids(args, tokenizer)
+    check_prompt(prompt, config.vocab_size, config.max_position_embeddings)  # before the weights, which take a while
 
     start = time.perf_counter()
     model = load_model(config, folder, devices=mesh, dtype=args.dtype)

@@ -337,6 +337,7 @@ def test_flags_that_make_no_sense(flags: list[str], says: list[str], run: Run, f
 
 
 def test_prompts_that_are_none(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maxlike.cli.load_model", None)  # they are refused before the weights are read
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     for ids in (str(vocabulary), "-1", f"5,{vocabulary}"):
         run(*generate(folder, f"--prompt-ids={ids}")).assert_refused(

@@ -43,21 +43,26 @@ def generate(model: DistributedTransformer, prompt: Sequence[int], max_new_token
         ValueError: the prompt is empty, too long, or holds an id beyond the vocabulary, or the model returns other
             logits. Raised at the call, not at the first token.
     """
-    if len(prompt) == 0:
-        raise ValueError("The prompt is empty: give at least one token.")
-    if outside := [t for t in prompt if not 0 <= t < model.vocab_size]:
-        raise ValueError(f"Token id {outside[0]} is beyond the vocabulary: ids are 0 to {model.vocab_size - 1}.")
+    check_prompt(prompt, model.vocab_size, max_seq_len)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}.")
     if max_seq_len is not None:
-        if len(prompt) >= max_seq_len:
-            raise ValueError(f"The prompt has {len(prompt)} tokens; the model takes at most {max_seq_len}, the new "
-                             f"ones counted. Shorten it to {max_seq_len - 1} or fewer.")
         max_new_tokens = min(max_new_tokens, max_seq_len - len(prompt))
     n_pages = model.kv_params.pages_for(len(prompt) + max_new_tokens)
     runner = ModelRunner(model, n_pages, 1, n_pages)
     return _generate(runner, np.asarray(prompt, np.int32), max_new_tokens, sampling or SamplingParams(), eos_token_ids,
                      Figures() if figures is None else figures)
+
+
+def check_prompt(prompt: Sequence[int], vocab_size: int, max_seq_len: int | None = None) -> None:
+    """Raises `ValueError` for a prompt that is empty, too long to continue, or holds an id beyond the vocabulary."""
+    if len(prompt) == 0:
+        raise ValueError("The prompt is empty: give at least one token.")
+    if outside := [t for t in prompt if not 0 <= t < vocab_size]:
+        raise ValueError(f"Token id {outside[0]} is beyond the vocabulary: ids are 0 to {vocab_size - 1}.")
+    if max_seq_len is not None and len(prompt) >= max_seq_len:
+        raise ValueError(f"The prompt has {len(prompt)} tokens; the model takes at most {max_seq_len}, the new "
+                         f"ones counted. Shorten it to {max_seq_len - 1} or fewer.")
 
 
 def _generate(runner: ModelRunner, prompt: np.ndarray, max_new_tokens: int, sampling: SamplingParams,

@@ -75,12 +75,17 @@ def read_weights(model: DistributedTransformer, family: Family, folder: Path) ->
         wanted = {tuple(hf_name(family, name) for name in names): (stacked, param)
                   for names, stacked, param in named_parameters(model)}
         tied = ("lm_head.weight",) not in wanted
-        stored = {name: file for file, name in canonical_names(family, checkpoint.tensors, tied=tied).items()}
+        problems = list(checkpoint.problems)
+        stored: dict[str, str] = {}
+        for file, name in canonical_names(family, checkpoint.tensors, tied=tied).items():
+            if name in stored:
+                problems.append(f"tensors {stored[name]!r} and {file!r} both mean {name!r}; expected one of them")
+            stored.setdefault(name, file)
         lost = set(canonical_names(family, checkpoint.lost, tied=tied).values())
-        problems = [*checkpoint.problems, *_disagreements(checkpoint, stored, lost, wanted)]
+        problems += _disagreements(checkpoint, stored, lost, wanted)
         if problems:
-            raise CheckpointError([f"{len(problems)} problem{'s' * (len(problems) > 1)} with the checkpoint in "
-                                   f"{folder}:", *problems])
+            count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+            raise CheckpointError(problems, summary=f"{count} with the checkpoint in {folder}:")
         total = sum(checkpoint.tensors[stored[name]].nbytes for names in wanted for name in names)
         with tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=None, leave=False) as bar:
             for names, (stacked, param) in wanted.items():

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from maxlike.models.config import TransformerConfig
-from maxlike.models.safetensors import CheckpointError
 
 MODEL_KEYS = {
     "embedding": "model.embed_tokens",
@@ -71,27 +70,15 @@ def canonical_names(family: Family, names: Iterable[str], *, tied: bool = False)
     (`layers.0...`), of a larger model around it (`language_model.model.layers.0...`). Left out are what the family
     ignores, buffers that follow from the config, and, with `tied` embeddings, the head (which stands in for the
     embedding where only the head is stored). Names that no model has stay as they are, for the loader to complain
-    about.
-
-    Raises:
-        CheckpointError: two names for one parameter.
+    about, as it does about two that mean the same.
     """
     canonical = {name: _canonical_name(family, name) for name in names
                  if not (name.startswith(family.ignored) or _ROPE_BUFFER.search(name))}
-    stored: dict[str, str] = {}
-    problems = []
-    for name, target in canonical.items():
-        if target in stored:
-            problems.append(f"tensors {stored[target]!r} and {name!r} both mean {target!r}; expected one of them")
-        stored[target] = name
-    if problems:
-        raise CheckpointError(problems)
-    if tied and HEAD in stored:
-        if EMBEDDING in stored:
-            del canonical[stored[HEAD]]
-        else:
-            canonical[stored[HEAD]] = EMBEDDING
-    return canonical
+    if not tied:
+        return canonical
+    stands_in = EMBEDDING not in canonical.values()
+    return {name: EMBEDDING if target == HEAD else target for name, target in canonical.items()
+            if target != HEAD or stands_in}
 
 
 def _canonical_name(family: Family, name: str) -> str:

@@ -49,12 +49,13 @@ _MAX_READ_BYTES = 1 << 30  # some systems refuse to read 2 GB or more in one cal
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used.
 
-    `problems` lists everything that is wrong with it; the message is the same list, one problem a line.
+    `problems` lists everything that is wrong with it; the message is `summary`, if there is one, and the same
+    list, one problem a line.
     """
 
-    def __init__(self, problems: Iterable[str]):
+    def __init__(self, problems: Iterable[str], *, summary: str | None = None):
         self.problems = list(problems)
-        super().__init__("\n".join(self.problems))
+        super().__init__("\n".join(self.problems if summary is None else [summary, *self.problems]))
 
 
 @dataclass(frozen=True)

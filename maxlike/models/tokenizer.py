@@ -333,7 +333,11 @@ def _find_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, s
             case str(template):
                 return {"default": template}
             case [*entries]:
-                return {entry["name"]: entry["template"] for entry in entries}
+                try:
+                    return {entry["name"]: entry["template"] for entry in entries}
+                except (KeyError, TypeError):
+                    raise ValueError(f"{folder}: chat_template is a list of which each entry must be an object with a "
+                                     f"name and a template; got {str(entries)[:200]}") from None
     return {}
 
 

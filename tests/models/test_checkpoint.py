@@ -287,14 +287,18 @@ def test_all_problems_are_told_at_once(tmp_path: Path, devices: list[jax.Device]
     del tensors["model.layers.1.mlp.up_proj.bias"], tensors["lm_head.weight"]
     tensors["model.layers.2.self_attn.k_proj.weight"] = np.zeros((48, 64), np.float32)
     tensors["model.norm.weight"] = np.zeros(64, np.int8)
+    tensors["embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
     tensors["model.layers.3.mlp.up_proj.weight"] = np.zeros((72, 64), np.float32)
     tensors["model.layers.0.self_attn.q_norm.weight"] = np.zeros(16, np.float32)
     write(tmp_path, config, tensors)
     with pytest.raises(CheckpointError) as raised:
         maxlike.load(tmp_path, devices=devices[:1])
-    header, *lines = raised.value.problems
-    assert header.startswith("6 problems") and str(tmp_path) in header
+    header, *lines = str(raised.value).splitlines()
+    assert header.startswith("7 problems") and str(tmp_path) in header
+    assert lines == raised.value.problems
     assert sorted(lines) == sorted([
+        "tensors 'embed_tokens.weight' and 'model.embed_tokens.weight' both mean 'model.embed_tokens.weight'; expected "
+        "one of them",
         "tensor 'model.layers.1.mlp.up_proj.bias' is missing",
         "tensor 'lm_head.weight' is missing",
         "tensor 'model.layers.2.self_attn.k_proj.weight' has shape [48, 64]; the config means [32, 64]",

@@ -607,6 +607,10 @@ def test_where_templates_are_found(tmp_path):
     with pytest.raises(ValueError, match="no chat template"):
         tokenizer.encode_chat(message)
 
+    for entries in ([{"name": "default"}], ["{{ x }}"]):
+        (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": entries}))
+        with pytest.raises(ValueError, match=f"{tmp_path}: chat_template .*a name and a template"):
+            Tokenizer.from_folder(tmp_path)
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "processor"}))
     assert Tokenizer.from_folder(tmp_path).chat_template == "processor"
 
