@@ -64,7 +64,7 @@ def build_model(config: TransformerConfig, *, devices: Devices | None = None, dt
         devices: see `mesh_for`.
         dtype: of parameters and activations: float32 or bfloat16; `None` is the config's.
         use_subgraphs: scan groups of like layers; `None`: yes, but on CPU, where XLA would copy each layer's
-            weights out of the stack.
+            weights out of the stack. Random layers are held twice while they are stacked; `load` reads into stacks.
         kv_params: the cache's measures; `None` is `default_kv_params`.
         rngs: for the parameters; `None` is `nnx.Rngs(0)`.
 
