@@ -17,6 +17,8 @@ os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v6e-4")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would need the network fails at once and says so
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests start subprocesses
 
+from collections.abc import Iterator
+
 import hypothesis
 import jax
 import pytest
@@ -32,3 +34,11 @@ def devices() -> list[jax.Device]:
     found = jax.devices("cpu")
     assert len(found) == 8, f"{len(found)} CPU devices and not 8: was jax used before tests/conftest.py?"
     return found
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_end_with_their_module() -> Iterator[None]:
+    # XLA:CPU maps every program into memory several times. The whole suite's come to more mappings than Linux allows a
+    # process (vm.max_map_count, 65,530), and the compiler crashes when it gets no more.
+    yield
+    jax.clear_caches()

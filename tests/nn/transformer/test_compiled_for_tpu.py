@@ -38,8 +38,8 @@ TOPOLOGIES = [
 pytestmark = [requires_libtpu, pytest.mark.parametrize(("topology", "axes"), TOPOLOGIES)]
 
 
-def compile_decode(topology: str, axes: dict[str, int], gemm: bool) -> str:
-    """One token for each of `SEQUENCES`, greedily; the weights and the cache are shapes and shardings alone."""
+def compile_decode(topology: str, axes: dict[str, int], gemm: bool, n_sequences: int = SEQUENCES) -> str:
+    """One token for each sequence, greedily; the weights and the cache are shapes and shardings alone."""
     mesh = topology_mesh(topology, axes)
     config = DistributedGemmConfig(enable_matmul_allreduce=True) if gemm else None
     model = nnx.eval_shape(functools.partial(build_model, LLAMA_8B, devices=mesh, distributed_gemm_config=config))
@@ -58,7 +58,7 @@ def compile_decode(topology: str, axes: dict[str, int], gemm: bool) -> str:
         return jnp.argmax(logits, axis=-1), pages
 
     pages = jax.ShapeDtypeStruct(params.shape(PAGES, "tpu"), params.dtype, sharding=params.sharding(mesh))
-    S = SEQUENCES
+    S = n_sequences
     return jax.jit(step, donate_argnums=1).lower(
         jax.tree.map(typed, state), pages, ints(S), ints(S), ints(S, PAGES_PER_SEQUENCE), ints(S + 1),
     ).compile().as_text()
@@ -78,6 +78,16 @@ def test_xla_reduces_twice_a_layer(topology: str, axes: dict[str, int]) -> None:
     assert count_collectives(loop_body(text)) == {"all-reduce": 2}
     # Outside: the embedding's rows are summed, and the logits gathered, or their largest.
     assert sum(count_collectives(text).values()) <= 2 + 2
+
+
+@pytest.mark.slow
+def test_a_single_row_is_multiplied(topology: str, axes: dict[str, int]) -> None:
+    """The sum with weights that a single row gets on CPU is not compiled for TPU."""
+    body = loop_body(compile_decode(topology, axes, gemm=False, n_sequences=1))
+    assert count_collectives(body) == {"all-reduce": 2}
+    n = math.prod(axes.values())
+    widened = re.findall(rf"f32\[(?:{14336 // n},4096|4096,{14336 // n})\]", body)
+    assert not widened
 
 
 def test_collective_products_travel_behind_work(topology: str, axes: dict[str, int]) -> None:
