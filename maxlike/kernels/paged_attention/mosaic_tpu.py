@@ -98,7 +98,7 @@ class MosaicTpu:
         sizes = _Sizes.plan(self, q, pages, page_table, scale, sliding_window, soft_cap)
         work, lists = _work_lists(sizes, cache_lengths, row_offsets)
         kv = _stored_values(sizes, k, v, pages.dtype, k_scale, v_scale)
-        q_decode, kv_decode, q_chunk, kv_chunk = _arrange(sizes, q.astype(sizes.dtype), kv, row_offsets)
+        q_decode, kv_decode, q_chunk, kv_chunk = _arrange(sizes, q.astype(sizes.dtype), kv)
         scalars = (
             jnp.concatenate([jnp.atleast_1d(first_page), work]), *lists,
             cache_lengths, row_offsets, page_table.reshape(-1),
@@ -151,7 +151,7 @@ class _Sizes:
 
     @property
     def decode_rows(self):
-        return _ceil(self.G, self.token_align)
+        return _ceil(self.G, 8)
 
     @property
     def tile_rows(self):
@@ -336,18 +336,17 @@ def _stored_values(sizes, k, v, dtype, k_scale, v_scale):
     return jnp.pad(kv, ((0, 0), (0, 0), (0, sizes.W - 2 * sizes.H)))
 
 
-def _arrange(sizes, q, kv, row_offsets):
-    """q and the new slots by sequence [S, K, rows, lanes], for decodes, and by head [K, G, T, lanes], for chunks."""
-    first = jnp.minimum(row_offsets[:-1], sizes.T - 1)
+def _arrange(sizes, q, kv):
+    """q and the new slots by token [T, K, rows, lanes], for decodes, and by head [K, G, T, lanes], for chunks."""
     q = q.reshape(sizes.T, sizes.K, sizes.G, sizes.H)
     lanes = (0, sizes.k_lanes - sizes.H)
-    q_decode = jnp.pad(q[first], ((0, 0), (0, 0), (0, sizes.decode_rows - sizes.G), lanes))
-    kv_decode = jnp.pad(kv[first], ((0, 0), (0, _ceil(sizes.K, 8) - sizes.K), (0, 0)))
+    q_decode = jnp.pad(q, ((0, 0), (0, 0), (0, sizes.decode_rows - sizes.G), lanes))
+    kv_decode = jnp.pad(kv, ((0, 0), (0, _ceil(sizes.K, 8) - sizes.K), (0, 0)))
     behind = _ceil(sizes.T, sizes.token_align) + sizes.tile - sizes.T
     q_chunk = jnp.pad(q.transpose(1, 2, 0, 3), ((0, 0), (0, 0), (0, behind), lanes))
     # A unit's slots are looked up from up to `unit` rows before the first token to as many behind the last.
-    kv_chunk = jnp.pad(kv.transpose(1, 0, 2), ((0, 0), (sizes.unit, _ceil(sizes.T, 8) - sizes.T + sizes.unit + 8),
-                                               (0, 0)))  # fmt: skip
+    behind = _ceil(sizes.T, 8) - sizes.T + sizes.unit + 8
+    kv_chunk = jnp.pad(kv.transpose(1, 0, 2), ((0, 0), (sizes.unit, behind), (0, 0)))
     return q_decode, kv_decode, q_chunk, kv_chunk
 
 
@@ -373,7 +372,7 @@ def _merge(sizes, out_decode, out_chunk, row_offsets):
     s = jnp.minimum(s, sizes.S - 1)
     decodes = (row_offsets[s + 1] - row_offsets[s] == 1)[:, None, None, None]
     out = jnp.where(
-        decodes, out_decode[s, :, : sizes.G, lanes], out_chunk[:, :, : sizes.T, lanes].transpose(2, 0, 1, 3)
+        decodes, out_decode[:, :, : sizes.G, lanes], out_chunk[:, :, : sizes.T, lanes].transpose(2, 0, 1, 3)
     )
     out = jnp.where((token < row_offsets[-1])[:, None, None, None], out, 0)
     return out.reshape(sizes.T, sizes.K * sizes.G, sizes.H)
@@ -748,18 +747,20 @@ class _Kernel:
                 s = scalars.decode_sequence[i]
                 return self.span(s, scalars.lengths[s], scalars.lengths[s] + 1)
 
+            def token(i):
+                return scalars.offsets[scalars.decode_sequence[i]]
+
             def loads(i):
-                s, at = scalars.decode_sequence[i], i % 2
-                return (pltpu.make_async_copy(q_decode.at[s], q.at[at], q_sem.at[at]),
-                        pltpu.make_async_copy(kv_decode.at[s], new.at[at], new_sem.at[at]))
+                at = i % 2
+                return (pltpu.make_async_copy(q_decode.at[token(i)], q.at[at], q_sem.at[at]),
+                        pltpu.make_async_copy(kv_decode.at[token(i)], new.at[at], new_sem.at[at]))
 
             def load(i):
                 for copy in loads(i):
                     copy.start()
 
             def storing(i):
-                return pltpu.make_async_copy(out.at[i % 2], out_decode.at[scalars.decode_sequence[i]],
-                                             out_sem.at[i % 2])  # fmt: skip
+                return pltpu.make_async_copy(out.at[i % 2], out_decode.at[token(i)], out_sem.at[i % 2])
 
             def writing_back(i):
                 s = scalars.decode_sequence[i]
