@@ -1,13 +1,50 @@
 """The one entry to ragged paged attention: checks, sharding over heads, choice of implementation."""
 
 import math
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import P
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 
-from maxlike.kernels.paged_attention import xla
+from maxlike.kernels.paged_attention.xla import LARGEST, Xla
+
+FLOATS = ("float32", "bfloat16", "float16")
+
+
+class Implementation(Protocol):
+    """One way to compute it: a frozen dataclass whose fields are overrides, called on one device's arrays.
+
+    What it cannot do it refuses with a `ValueError` that has the numbers and names the next choice.
+    """
+
+    def __call__(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        pages: jax.Array,
+        cache_lengths: jax.Array,
+        page_table: jax.Array,
+        row_offsets: jax.Array,
+        first_page: jax.Array,
+        sinks: jax.Array | None,
+        k_scale: jax.Array | None,
+        v_scale: jax.Array | None,
+        *,
+        scale: float,
+        sliding_window: int | None,
+        soft_cap: float | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The arguments of `ragged_paged_attention`, already checked: int32[] first_page, float32 sinks and scales."""
+
+
+def default_implementation(device: Any) -> Implementation:
+    """The implementation for a device, or an `AbstractDevice`: anything with `.platform` and `.device_kind`."""
+    del device  # a platform with a kernel of its own is told from it here
+    return Xla()
 
 
 def ragged_paged_attention(
@@ -23,16 +60,20 @@ def ragged_paged_attention(
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Writes a step's K and V into the pages of the cache, and attends over them.
 
     T tokens, S sequences, N query heads, K KV heads, H head width, R page rows, M pages a sequence may have.
 
     Args:
-      q: [T, N, H], the step's queries. Query head n reads KV head n // (N / K).
-      k, v: [T, K, H], the step's keys and values.
-      pages: [R, K, page_size, W], W >= 2 * H: K in lanes [0, H), V in [H, 2 * H), the rest unused. Donate it to
-        the enclosing jit: it is written in place.
+      q: [T, N, H], the step's queries, in float32, bfloat16 or float16. Query head n reads KV head n // (N / K).
+      k, v: [T, K, H] in `q.dtype`, the step's keys and values.
+      pages: [R, K, page_size, W], W >= 2 * H: K in lanes [0, H), V in [H, 2 * H), the rest unused. Of a dtype that
+        q may have, or quantised: int8 or float8_e4m3fn. Donate it to the enclosing jit: it is written in place.
       cache_lengths: int32[S], tokens of each sequence that the cache held before this step.
       page_table: int32[S, M]. Position p of sequence s lies in slot p % page_size of page row
         `first_page + page_table[s, p // page_size]`. Entries that no token of this step needs are never followed.
@@ -43,43 +84,69 @@ def ragged_paged_attention(
       sliding_window: a token at position p attends to positions j with p - sliding_window < j <= p; None: to all
         j <= p.
       soft_cap: scores become `soft_cap * tanh(scores / soft_cap)`, before masking (Gemma 2).
+      sinks: float32[N], of each query head one more score, neither scaled nor capped, that takes part in the softmax
+        and has no value (gpt-oss).
+      k_scale, v_scale: float32[K], for quantised pages. Stored is x / scale, to int8 rounded to the nearest (of two
+        to the even one) and clipped to [-127, 127], or clipped to [-448, 448] and cast to float8_e4m3fn; attended to
+        is stored * scale. int8 needs them; without them float8_e4m3fn stores x.
+      implementation: None chooses by the platform that is compiled for: that of q's mesh, without a mesh that of
+        the default device.
 
     Returns:
       The output [T, N, H] in `q.dtype`, zero at padding tokens, and the pages. What unused pages, slots and lanes
-      hold, NaN included, has no effect.
+      hold, NaN included, has no effect. Products are of q's and the pages' common dtype (quantised pages: q's),
+      summed in float32.
 
     Where q and pages are sharded over heads (dimension 1, Explicit mesh axes), each device works on its own heads;
-    q may be sharded over more axes than k, v and pages when each device has one KV head.
+    q may be sharded over more axes than k, v and pages when each device has one KV head. Sinks and scales are cut
+    like their heads.
 
     Raises:
-      ValueError: shapes, dtypes or shardings do not fit together.
+      ValueError: shapes, dtypes or shardings do not fit together; or, where they are known and not traced, the
+        batch's numbers do not fit the cache.
     """
-    _check(q, k, v, pages, cache_lengths, page_table, row_offsets, sliding_window, soft_cap)
+    _check(q, k, v, pages, sliding_window, soft_cap)
+    _check_per_head(q, pages, sinks, k_scale, v_scale)
+    _check_batch(cache_lengths, page_table, row_offsets)
+    _check_numbers(q, pages, cache_lengths, page_table, row_offsets, first_page, sliding_window)
 
-    def attend(q, k, v, pages, cache_lengths, page_table, row_offsets, first_page):
-        # The choice of implementation, by the platform that is compiled for, belongs here.
-        return xla.ragged_paged_attention(
-            q, k, v, pages, cache_lengths, page_table, row_offsets, first_page,
-            scale=scale, sliding_window=sliding_window, soft_cap=soft_cap,
-        )  # fmt: skip
-
-    arrays = (q, k, v, pages, cache_lengths, page_table, row_offsets, jnp.asarray(first_page, jnp.int32))
     mesh = jax.typeof(q).sharding.mesh
+    if implementation is None:
+        implementation = default_implementation(_default_device() if mesh.empty else mesh.abstract_device)
+
+    def attend(*arrays):
+        return implementation(*arrays, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
+
+    arrays = [jnp.asarray(x) for x in (q, k, v, pages, cache_lengths, page_table, row_offsets)]
+    arrays.append(jnp.asarray(first_page, jnp.int32))
+    per_head = [x if x is None else jnp.asarray(x) for x in (sinks, k_scale, v_scale)]
     if AxisType.Explicit not in mesh.axis_types:
-        return attend(*arrays)
+        return attend(*arrays, *per_head)
     q_axes, kv_axes = _head_axes(q, k, v, pages)
     heads, kv_heads = P(None, q_axes, None), P(None, kv_axes, None)
     cache = P(None, kv_axes, None, None)
+    per_head_specs = P(q_axes), P(kv_axes), P(kv_axes)
+    per_head = [
+        x if x is None else jax.reshard(x, NamedSharding(mesh, spec))
+        for x, spec in zip(per_head, per_head_specs, strict=True)
+    ]
     return jax.shard_map(
         attend,
         mesh=mesh,
-        in_specs=(heads, kv_heads, kv_heads, cache, P(), P(), P(), P()),
+        in_specs=(heads, kv_heads, kv_heads, cache, P(), P(), P(), P(), *per_head_specs),
         out_specs=(heads, cache),
         check_vma=False,
-    )(*arrays)
+    )(*arrays, *per_head)
 
 
-def _check(q, k, v, pages, cache_lengths, page_table, row_offsets, sliding_window, soft_cap):
+def _default_device():
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if isinstance(device, jax.Device):
+        return device
+    return jax.devices(device)[0]  # None, or the name of a platform
+
+
+def _check(q, k, v, pages, sliding_window, soft_cap):
     given = f"q {q.shape}, k {k.shape}, v {v.shape}, pages {pages.shape}"
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or k.shape[::2] != q.shape[::2]:
         raise ValueError(f"q must be [T, N, H] and k and v both [T, K, H]; given {given}")
@@ -90,9 +157,38 @@ def _check(q, k, v, pages, cache_lengths, page_table, row_offsets, sliding_windo
         )
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"the number of query heads must be a multiple of the KV heads; given {given}")
-    for name, x in dict(q=q, k=k, v=v, pages=pages).items():
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{name} must be of a floating dtype, not {x.dtype}")
+    if q.dtype.name not in FLOATS or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(
+            f"q, k and v must be of one dtype, of {', '.join(FLOATS)}; given q {q.dtype}, k {k.dtype}, v {v.dtype}"
+        )
+    if pages.dtype.name not in (*FLOATS, *LARGEST):
+        raise ValueError(f"pages must be of {', '.join((*FLOATS, *LARGEST))}; given {pages.dtype}")
+    if 0 in (q.size, pages.size):
+        raise ValueError(f"there must be a token and a page at least; given {given}")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window must be at least 1 token, or None; given {sliding_window}")
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap must be positive, or None; given {soft_cap}")
+
+
+def _check_per_head(q, pages, sinks, k_scale, v_scale):
+    for name, x, heads in (
+        ("sinks", sinks, q.shape[1]),
+        ("k_scale", k_scale, pages.shape[1]),
+        ("v_scale", v_scale, pages.shape[1]),
+    ):
+        if x is not None and (x.shape != (heads,) or x.dtype != jnp.float32):
+            raise ValueError(f"{name} must be float32[{heads}], one a head, or None; given {x.dtype}{list(x.shape)}")
+    scales = [name for name, x in (("k_scale", k_scale), ("v_scale", v_scale)) if x is not None]
+    if scales and pages.dtype.name not in LARGEST:
+        raise ValueError(
+            f"scales belong to pages of {' or '.join(LARGEST)}; given {' and '.join(scales)} for {pages.dtype}"
+        )
+    if len(scales) == 1 or (pages.dtype == jnp.int8 and not scales):
+        raise ValueError(f"{pages.dtype} pages need both k_scale and v_scale; given {''.join(scales) or 'neither'}")
+
+
+def _check_batch(cache_lengths, page_table, row_offsets):
     indices = dict(cache_lengths=cache_lengths, page_table=page_table, row_offsets=row_offsets)
     for name, x in indices.items():
         if x.dtype != jnp.int32:
@@ -103,14 +199,39 @@ def _check(q, k, v, pages, cache_lengths, page_table, row_offsets, sliding_windo
             "cache_lengths must be [S], page_table [S, M] and row_offsets [S + 1]; given "
             + ", ".join(f"{name} {x.shape}" for name, x in indices.items())
         )
-    if 0 in (q.size, pages.size, page_table.size):
+    if 0 in page_table.shape:
+        raise ValueError(f"there must be a sequence and a page at least; given page_table {page_table.shape}")
+
+
+def _check_numbers(q, pages, cache_lengths, page_table, row_offsets, first_page, sliding_window):
+    """Outside jit the numbers are there to be looked at; traced they are not, and the caller answers for them."""
+    batch = (cache_lengths, page_table, row_offsets, first_page)
+    if any(isinstance(x, jax.core.Tracer) for x in batch):
+        return
+    cached, table, offsets = (np.asarray(x) for x in batch[:3])
+    new = np.diff(offsets)
+    if offsets[0] != 0 or np.any(new < 0) or offsets[-1] > q.shape[0]:
         raise ValueError(
-            f"there must be a token, a sequence and a page at least; given {given}, page_table {page_table.shape}"
+            f"row_offsets must ascend from 0 to at most the {q.shape[0]} tokens that are there; given {offsets}"
         )
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"sliding_window must be at least 1 token, or None; given {sliding_window}")
-    if soft_cap is not None and soft_cap <= 0:
-        raise ValueError(f"soft_cap must be positive, or None; given {soft_cap}")
+    page_size, width = pages.shape[2], table.shape[1]
+    for s in np.flatnonzero(new):
+        if cached[s] < 0:
+            raise ValueError(f"cache_lengths must not be negative; given {cached[s]} for sequence {s}")
+        length = cached[s] + new[s]
+        if length > width * page_size:
+            raise ValueError(
+                f"sequence {s} comes to {length} tokens ({cached[s]} in the cache, {new[s]} new); {width} pages of "
+                f"{page_size} tokens, the width of page_table, hold {width * page_size}"
+            )
+        first = 0 if sliding_window is None else max(0, cached[s] - sliding_window + 1)
+        rows = int(first_page) + table[s, first // page_size : -(-length // page_size)].astype(np.int64)
+        outside = rows[(rows < 0) | (rows >= pages.shape[0])]
+        if outside.size:
+            raise ValueError(
+                f"sequence {s} needs page row {outside[0]} (first_page {int(first_page)} and its entry of page_table); "
+                f"the cache has rows 0 to {pages.shape[0] - 1}"
+            )
 
 
 def _head_axes(q, k, v, pages):

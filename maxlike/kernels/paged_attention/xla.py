@@ -6,6 +6,7 @@ loops have trip counts found from the actual lengths, so the cost follows the li
 page table: nothing of the size [S, M * page_size] exists.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -18,24 +19,53 @@ from jax import lax
 SMALL_BLOCK, LARGE_BLOCK = 64, 256
 TILE = 64  # query tokens of one sequence that share the reading of a block
 NO_SCORE = -1e30  # finite: a row that has no score yet then gives exp(0), wiped out by its first real score
+LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # what a quantised cache stores at most, by its dtype
 
 
-def ragged_paged_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    pages: jax.Array,
-    cache_lengths: jax.Array,
-    page_table: jax.Array,
-    row_offsets: jax.Array,
-    first_page: jax.Array,
-    *,
-    scale: float,
-    sliding_window: int | None,
-    soft_cap: float | None,
-) -> tuple[jax.Array, jax.Array]:
-    """See `maxlike.kernels.paged_attention.ragged_paged_attention`."""
-    pages = _write(k, v, pages, cache_lengths, page_table, row_offsets, first_page)
+@dataclasses.dataclass(frozen=True)
+class Xla:
+    """Plain JAX, on every platform."""
+
+    def __call__(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        pages: jax.Array,
+        cache_lengths: jax.Array,
+        page_table: jax.Array,
+        row_offsets: jax.Array,
+        first_page: jax.Array,
+        sinks: jax.Array | None,
+        k_scale: jax.Array | None,
+        v_scale: jax.Array | None,
+        *,
+        scale: float,
+        sliding_window: int | None,
+        soft_cap: float | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `maxlike.kernels.paged_attention.ragged_paged_attention`."""
+        kv = jnp.concatenate([quantise(k, k_scale, pages.dtype), quantise(v, v_scale, pages.dtype)], axis=-1)
+        pages = _write(kv, pages, cache_lengths, page_table, row_offsets, first_page)
+        options = dict(scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
+        out = _read(q, pages, cache_lengths, page_table, row_offsets, first_page, sinks, k_scale, v_scale, **options)
+        return out, pages
+
+
+def quantise(x: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """What a cache of `dtype` stores of x [T, K, H]: itself, or the nearest to x / scale, of two the even one."""
+    if dtype.name not in LARGEST:
+        return x.astype(dtype)
+    x = x.astype(jnp.float32)
+    if scale is not None:
+        x = x / scale[:, None]
+    x = jnp.clip(x, -LARGEST[dtype.name], LARGEST[dtype.name])
+    return (jnp.round(x) if dtype == jnp.int8 else x).astype(dtype)
+
+
+def _read(q, pages, cache_lengths, page_table, row_offsets, first_page, sinks, k_scale, v_scale, *, scale,
+          sliding_window, soft_cap):  # fmt: skip
+    """Attention over the pages with the step's tokens in them -> [T, N, H]."""
 
     T, N, H = q.shape
     new = row_offsets[1:] - row_offsets[:-1]
@@ -51,27 +81,27 @@ def ragged_paged_attention(
             at, size = (tile.row, 0, 0), (width, N, H)
             o = _attend(
                 lax.dynamic_slice(q, at, size), pages, first_page + page_table[tile.sequence], tile,
-                scale=scale, sliding_window=sliding_window, soft_cap=soft_cap,
+                sinks, k_scale, v_scale, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap,
             )  # fmt: skip
             token = tile.row + jnp.arange(width)[:, None, None]
             own = (token >= tile.first) & (token < tile.end)
             return lax.dynamic_update_slice(out, jnp.where(own, o, lax.dynamic_slice(out, at, size)), at)
 
         out = lax.fori_loop(0, n_tiles.sum(), body, out)
-    return out, pages
+    return out
 
 
-def _write(k, v, pages, cache_lengths, page_table, row_offsets, first_page):
-    """The pages with the step's K and V in them."""
-    T, _, H = k.shape
+def _write(kv, pages, cache_lengths, page_table, row_offsets, first_page):
+    """The pages with the step's K and V [T, K, 2 * H] in them."""
+    T, _, width = kv.shape
     page_size, lanes = pages.shape[2:]
-    kv = jnp.pad(jnp.concatenate([k, v], axis=-1), ((0, 0), (0, 0), (0, lanes - 2 * H)))
+    kv = jnp.pad(kv, ((0, 0), (0, 0), (0, lanes - width)))
     t = jnp.arange(T)
     s = jnp.searchsorted(row_offsets[1:], t, side="right", method="compare_all")
     position = cache_lengths[s] + t - row_offsets[s]
     row = first_page + page_table[s, position // page_size]
     row = jnp.where(t < row_offsets[-1], row, pages.shape[0] + t)  # padding is dropped
-    return pages.at[row, :, position % page_size].set(kv.astype(pages.dtype), mode="drop", unique_indices=True)
+    return pages.at[row, :, position % page_size].set(kv, mode="drop", unique_indices=True)
 
 
 class _Tile(NamedTuple):
@@ -133,7 +163,7 @@ def _cut(width, n_tiles, cache_lengths, row_offsets, pages, T, sliding_window):
     return jnp.stack(tile, axis=1)
 
 
-def _attend(q, pages, table, tile, *, scale, sliding_window, soft_cap):
+def _attend(q, pages, table, tile, sinks, k_scale, v_scale, *, scale, sliding_window, soft_cap):
     """Attention of q [n, N, H], the rows of a tile, over the page rows `table` [M] -> [n, N, H] in `q.dtype`.
 
     What comes out for rows that are not the tile's own is finite and without meaning.
@@ -141,7 +171,8 @@ def _attend(q, pages, table, tile, *, scale, sliding_window, soft_cap):
     n, N, H = q.shape
     K, page_size, lanes = pages.shape[1:]
     small, large = _block_sizes(pages)
-    dtype = jnp.promote_types(q.dtype, pages.dtype)
+    # int8 and float8_e4m3fn are exact in every q.dtype; their scales meet the products, in float32.
+    dtype = q.dtype if pages.dtype.name in LARGEST else jnp.promote_types(q.dtype, pages.dtype)
     dot = functools.partial(
         jnp.einsum,
         precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
@@ -154,6 +185,7 @@ def _attend(q, pages, table, tile, *, scale, sliding_window, soft_cap):
     if not split:
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, lanes - H)))
     position = jnp.repeat(tile.position + jnp.arange(n), N // K)[:, None]
+    to_scores = scale if k_scale is None else scale * k_scale[:, None, None]
 
     def add(carry, block, size, masked):
         """The softmax so far (maximum, sum, weighted values), with `size` positions from a small block on added."""
@@ -171,7 +203,7 @@ def _attend(q, pages, table, tile, *, scale, sliding_window, soft_cap):
             kv = jnp.where(jnp.arange(lanes) < 2 * H, kv, 0)
         kv = kv.astype(dtype)
         keys, values = (kv[..., :H], kv[..., H : 2 * H]) if split else (kv, kv)
-        scores = scale * dot("krh,kbh->krb", rows, keys)
+        scores = to_scores * dot("krh,kbh->krb", rows, keys)
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
         if masked:
@@ -195,9 +227,15 @@ def _attend(q, pages, table, tile, *, scale, sliding_window, soft_cap):
         return add(carry, jnp.where(block < tile.inner, block, block + tile.n_large * step), small, masked=True)
 
     m = jnp.full(rows.shape[:2], NO_SCORE, jnp.float32)
-    carry = m, jnp.zeros_like(m), jnp.zeros((*m.shape, H if split else lanes), jnp.float32)
+    l = jnp.zeros_like(m)
+    if sinks is not None:  # a first score, with no value
+        m = jnp.tile(sinks.astype(jnp.float32).reshape(K, N // K), n)
+        l = jnp.ones_like(m)
+    carry = m, l, jnp.zeros((*m.shape, H if split else lanes), jnp.float32)
     if n == 1:
         carry = lax.fori_loop(0, tile.n_large, add_large, carry)
     _, l, acc = lax.fori_loop(0, tile.n_small, add_small, carry)
     out = (acc if split else acc[..., H : 2 * H]) / l[..., None]
+    if v_scale is not None:
+        out = v_scale[:, None, None] * out
     return out.reshape(K, n, N // K, H).transpose(1, 0, 2, 3).reshape(n, N, H).astype(q.dtype)

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import P, lax
+from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 
-from maxlike.kernels.paged_attention import ragged_paged_attention
+from maxlike.kernels.paged_attention import api, ragged_paged_attention
 from maxlike.kernels.paged_attention.cases import CASES, Case, check, make_inputs
 
-attend = jax.jit(
-    ragged_paged_attention, static_argnames=("scale", "sliding_window", "soft_cap"), donate_argnames="pages"
-)
+STATIC = ("scale", "sliding_window", "soft_cap", "implementation")
+attend = jax.jit(ragged_paged_attention, static_argnames=STATIC, donate_argnames="pages")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -86,9 +86,13 @@ def explicit_mesh(devices, shape, names):
     ],
     ids=["model", "kv_2_rep_4", "kv_1_rep_8", "replicated"],
 )
-def test_sharded_over_heads(devices, shape, names, heads, kv_heads, n_heads, n_kv_heads):
+@pytest.mark.parametrize("quantised", [False, True], ids=["plain", "int8_sinks"])
+def test_sharded_over_heads(devices, shape, names, heads, kv_heads, n_heads, n_kv_heads, quantised):
     rows = ((40, 1), (0, 9), (30, 3), (5, 0), (100, 1))
-    case = Case("sharded", rows, n_heads=n_heads, kv_heads=n_kv_heads, head_dim=16, layers=2, layer=1)
+    case = Case(
+        "sharded", rows, n_heads=n_heads, kv_heads=n_kv_heads, head_dim=16, layers=2, layer=1, sinks=quantised,
+        cache_dtype="int8" if quantised else "float32",
+    )  # fmt: skip
     mesh = explicit_mesh(devices, shape, names)
 
     def step(inputs):
@@ -218,7 +222,18 @@ def test_cost_follows_actual_lengths():
         (dict(cache_lengths=(3, 1)), r"cache_lengths \(3, 1\)"),
         (dict(cache_lengths=jnp.float32), "cache_lengths must be int32, not float32"),
         (dict(page_table=jnp.int16), "page_table must be int32, not int16"),
-        (dict(pages=jnp.int8), "pages must be of a floating dtype, not int8"),
+        (dict(pages=jnp.int16), "pages must be of float32, .*int8, float8_e4m3fn; given int16"),
+        (dict(q=jnp.bfloat16), "one dtype, of .*given q bfloat16, k float32, v float32"),
+        (dict(v=jnp.bfloat16), "one dtype, of .*v bfloat16"),
+        (dict(q=jnp.int8, k=jnp.int8, v=jnp.int8), "of float32, bfloat16, float16; given q int8"),
+        (dict(pages=jnp.int8), "int8 pages need both k_scale and v_scale; given neither"),
+        (dict(pages=jnp.int8, v_scale=jnp.ones(2)), "int8 pages need both .*given v_scale"),
+        (dict(pages=jnp.float8_e4m3fn, k_scale=jnp.ones(2)), "float8_e4m3fn pages need both .*given k_scale"),
+        (dict(k_scale=jnp.ones(2), v_scale=jnp.ones(2)), "scales belong to pages of int8 or float8_e4m3fn; given "
+         "k_scale and v_scale for float32"),
+        (dict(pages=jnp.int8, k_scale=jnp.ones(4), v_scale=jnp.ones(2)), r"k_scale must be float32\[2\].*float32\[4\]"),
+        (dict(sinks=jnp.ones(2)), r"sinks must be float32\[4\].*float32\[2\]"),
+        (dict(sinks=jnp.ones(4, jnp.bfloat16)), r"sinks must be float32\[4\].*bfloat16\[4\]"),
         (dict(page_table=(3, 0)), r"a page at least; given .*page_table \(3, 0\)"),
         (dict(sliding_window=0), "sliding_window must be at least 1"),
         (dict(soft_cap=0.0), "soft_cap must be positive"),
@@ -237,7 +252,7 @@ def test_bad_input(change, message):
     )
     options = dict(scale=1.0)
     for name, value in change.items():
-        if name not in arguments:
+        if name not in arguments or isinstance(value, jax.Array):
             options[name] = value
         elif isinstance(value, tuple):
             arguments[name] = jax.ShapeDtypeStruct(value, arguments[name].dtype)
@@ -245,6 +260,85 @@ def test_bad_input(change, message):
             arguments[name] = jax.ShapeDtypeStruct(arguments[name].shape, value)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda x: ragged_paged_attention(**x, **options), arguments)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(cache_lengths=[40, 10]), r"sequence 0 comes to 41 tokens \(40 in the cache, 1 new\); 2 pages of 16"),
+        (dict(cache_lengths=[-1, 10]), "cache_lengths must not be negative; given -1 for sequence 0"),
+        (dict(page_table=[[0, 1], [2, 8]]), r"sequence 1 needs page row 9 \(first_page 1.*rows 0 to 8"),
+        (dict(page_table=[[0, -2], [2, 3]]), "sequence 0 needs page row -1"),
+        (dict(row_offsets=[1, 1, 4]), r"must ascend from 0 to at most the 4 tokens.*given \[1 1 4\]"),
+        (dict(row_offsets=[0, 2, 1]), r"must ascend from 0"),
+        (dict(row_offsets=[0, 1, 5]), r"at most the 4 tokens"),
+    ],
+    ids=str,
+)
+def test_numbers_are_looked_at_outside_jit(change, message):
+    x = jnp.zeros((4, 2, 16))
+    batch = dict(cache_lengths=[20, 14], page_table=[[0, 1], [2, 3]], row_offsets=[0, 1, 4])
+
+    def call(batch):
+        batch = {name: np.array(numbers, np.int32) for name, numbers in batch.items()}
+        return ragged_paged_attention(x, x, x, jnp.zeros((9, 2, 16, 32)), **batch, first_page=1, scale=1.0)
+
+    call(batch)
+    call(batch | dict(cache_lengths=[20, -7], row_offsets=[0, 1, 1]))  # a sequence without new tokens needs nothing
+    with pytest.raises(ValueError, match=message):
+        call(batch | change)
+
+
+def test_pages_left_behind_by_the_window_are_not_looked_at():
+    x = jnp.zeros((1, 2, 16))
+    batch = np.array([40], np.int32), np.array([[99, 1, 2]], np.int32), np.array([0, 1], np.int32)
+    ragged_paged_attention(x, x, x, jnp.zeros((9, 2, 16, 32)), *batch, scale=1.0, sliding_window=25)
+    with pytest.raises(ValueError, match="needs page row 99"):
+        ragged_paged_attention(x, x, x, jnp.zeros((9, 2, 16, 32)), *batch, scale=1.0, sliding_window=26)
+
+
+# --- The choice of implementation
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """Tells its options and the local shapes of sinks and scales that reach it."""
+
+    name: str
+
+    def __call__(self, q, k, v, pages, *arrays, **options):
+        first_page, per_head = arrays[3], arrays[4:]
+        assert first_page.dtype == jnp.int32 and first_page.shape == ()
+        raise RuntimeError(self.name, jax.tree.map(jnp.shape, per_head), options)
+
+
+def test_implementation_is_called_with_what_the_contract_says(devices):
+    case = Case("told", ((3, 1),), n_heads=8, sinks=True, cache_dtype="int8", sliding_window=5, soft_cap=2.0)
+    inputs = make_inputs(case)
+    with pytest.raises(RuntimeError) as error:
+        attend(**inputs, **case.options(), implementation=Told("one"))
+    assert error.value.args == ("one", ((8,), (2,), (2,)), case.options())
+    mesh = explicit_mesh(devices, (2, 4), ("kv", "rep"))
+    sharded = shard(inputs, mesh, ("kv", "rep"), "kv")
+    with pytest.raises(RuntimeError) as error:
+        attend(**sharded, **case.options(), implementation=Told("two"))
+    assert error.value.args == ("two", ((1,), (1,), (1,)), case.options())
+
+
+def test_implementation_is_chosen_by_the_platform_compiled_for(devices, monkeypatch):
+    asked = []
+    monkeypatch.setattr(api, "default_implementation", lambda device: asked.append(device) or Told(device.platform))
+    tpu = topologies.get_topology_desc("v6e:2x2", platform="tpu").devices
+    for mesh in (explicit_mesh(devices[:2], (2,), ("model",)), explicit_mesh(tpu[:2], (2,), ("model",)), None):
+        inputs = make_inputs(Case("told", ((3, 1),)))
+        if mesh is not None:
+            sharding = NamedSharding(mesh.abstract_mesh, P(None, "model"))
+            inputs = {name: x if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+                      if name in ("q", "k", "v", "pages") else x for name, x in inputs.items()}  # fmt: skip
+        with pytest.raises(RuntimeError):
+            jax.eval_shape(lambda x: ragged_paged_attention(**x, scale=1.0), inputs)
+    assert [device.platform for device in asked] == ["cpu", "tpu", jax.default_backend()]
+    assert asked[1].device_kind == "TPU v6 lite"
 
 
 def test_check_can_fail():
