@@ -36,8 +36,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from maxlike.kernels.paged_attention.xla import NO_SCORE, quantise
+
 LANES = 128
-NO_SCORE = -1e30  # finite: a row that has no score yet then gives exp(0), wiped out by its first real score
 SMALLEST_VMEM = 16 * 2**20  # of any TPU that is compiled for (v4); assumed where the target is not a TPU (interpreting)
 MIB = 2**20
 
@@ -142,7 +143,8 @@ class _Sizes:
 
     @property
     def slot_align(self):  # rows of a packed tile of the cache: the least that can be written
-        return min(32 // self.cache_dtype.itemsize, self.page_size)
+        rows = 32 // self.cache_dtype.itemsize
+        return self.page_size if self.page_size % rows else rows
 
     @property
     def unit(self):  # slots that a chunk's write merges at a time: some of a page
@@ -321,18 +323,7 @@ def _work_lists(sizes, cache_lengths, row_offsets):
 
 def _stored_values(sizes, k, v, dtype, k_scale, v_scale):
     """The step's slots [T, K, W] as the cache will hold them, in float32, which holds any of its dtypes exactly."""
-
-    def stored(x, scale):
-        if dtype.itemsize > 1:
-            return x.astype(dtype).astype(jnp.float32)
-        x = x.astype(jnp.float32)
-        x = x if scale is None else x / scale[:, None]
-        if dtype == jnp.int8:
-            return jnp.clip(jnp.round(x), -127, 127)
-        largest = float(jnp.finfo(dtype).max)
-        return jnp.clip(x, -largest, largest).astype(dtype).astype(jnp.float32)
-
-    kv = jnp.concatenate([stored(k, k_scale), stored(v, v_scale)], axis=-1)
+    kv = jnp.concatenate([quantise(k, k_scale, dtype), quantise(v, v_scale, dtype)], axis=-1).astype(jnp.float32)
     return jnp.pad(kv, ((0, 0), (0, 0), (0, sizes.W - 2 * sizes.H)))
 
 
