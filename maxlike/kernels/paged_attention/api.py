@@ -9,6 +9,7 @@ import numpy as np
 from jax import P
 from jax.sharding import AxisType, NamedSharding
 
+from maxlike.kernels.paged_attention.mosaic_tpu import MosaicTpu
 from maxlike.kernels.paged_attention.xla import LARGEST, Xla
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -43,8 +44,7 @@ class Implementation(Protocol):
 
 def default_implementation(device: Any) -> Implementation:
     """The implementation for a device, or an `AbstractDevice`: anything with `.platform` and `.device_kind`."""
-    del device  # a platform with a kernel of its own is told from it here
-    return Xla()
+    return MosaicTpu() if device.platform == "tpu" else Xla()
 
 
 def ragged_paged_attention(

@@ -5,7 +5,8 @@ The two floors. *Bytes*: a decode reads each live K and V once, 2 * H * itemsize
 is bound by HBM. *Operations*: a prefill chunk of n tokens reads a page once for n * (N / K) rows, and is bound by the
 matrix units from about n * (N / K) = 256 rows on.
 
-What overlaps with what. Three loops run one after the other, each over a work list that XLA makes from the offsets:
+What overlaps with what. Three loops run one after the other, each over a work list that the scalar core makes of the
+offsets:
 
 1. *Writes* of chunks (sequences with two or more new tokens): an aligned run of slots is read, merged and written
    back; the next run is on its way in and the last on its way out meanwhile.
@@ -97,13 +98,9 @@ class MosaicTpu:
         A count is of 512-byte units, the bytes of a register's row in each dtype taken as they lie in HBM.
         """
         sizes = _Sizes.plan(self, q, pages, page_table, scale, sliding_window, soft_cap)
-        work, lists = _work_lists(sizes, cache_lengths, row_offsets)
         kv = _stored_values(sizes, k, v, pages.dtype, k_scale, v_scale)
         q_decode, kv_decode, q_chunk, kv_chunk = _arrange(sizes, q.astype(sizes.dtype), kv)
-        scalars = (
-            jnp.concatenate([jnp.atleast_1d(first_page), work]), *lists,
-            cache_lengths, row_offsets, page_table.reshape(-1),
-        )  # fmt: skip
+        scalars = (jnp.atleast_1d(first_page), cache_lengths, row_offsets, page_table.reshape(-1))
 
         out_decode, out_chunk, pages, counts = _call(
             sizes, self.interpret, count_bytes, scalars, q_decode, kv_decode, q_chunk, kv_chunk,
@@ -172,12 +169,9 @@ class _Sizes:
         return _ceil(2 * self.H, LANES) - self.v_first
 
     @property
-    def n_tiles(self):  # most tiles that T tokens can make
-        return self.T // self.tile + 2 * self.n_chunks
-
-    @property
-    def n_units(self):
-        return self.T // self.unit + 2 * self.n_chunks
+    def list_lengths(self):  # of the work lists, at most: decodes; units, twice; tiles, twice
+        tiles, units = (max(1, self.T // n + 2 * self.n_chunks) for n in (self.tile, self.unit))
+        return self.S, units, units, tiles, tiles
 
     @property
     def n_chunks(self):
@@ -195,14 +189,6 @@ class _Sizes:
             (target.smem_capacity_bytes, target.vmem_capacity_bytes, target.mem_bw_bytes_per_second)
             if target else (MIB, SMALLEST_VMEM, 8e11)
         )  # fmt: skip
-        table_bytes = 4 * S * M
-        if table_bytes > smem * 3 // 4:
-            raise ValueError(
-                f"MosaicTpu keeps the page table in SMEM: {S} sequences of {M} pages take {table_bytes} bytes, of "
-                f"{smem} at most three quarters can be had. Use larger pages than {page_size} tokens, fewer sequences "
-                "a step, or implementation=Xla()."
-            )
-
         page_bytes = K * page_size * W * pages.dtype.itemsize
         step = math.lcm(page_size, LANES) // page_size  # pages that make whole registers of scores
         if blocks.block_tokens is not None:
@@ -228,6 +214,13 @@ class _Sizes:
                        sliding_window, soft_cap, vmem * 7 // 8)  # fmt: skip
 
         sizes = sized(block_pages, tile)
+        smem_needed = 4 * (S * M + 2 * S + sum(sizes.list_lengths))
+        if smem_needed > smem * 3 // 4:
+            raise ValueError(
+                f"MosaicTpu keeps the page table in SMEM: {S} sequences of {M} pages, and lists for {T} tokens, take "
+                f"{smem_needed} bytes; of {smem} three quarters can be had. Use larger pages than {page_size} tokens, "
+                "fewer sequences a step, or implementation=Xla()."
+            )
         while sizes.vmem_needed > sizes.vmem and blocks.block_tokens is None and sizes.block_pages > step:
             sizes = sized(max(sizes.block_pages // 2 // step * step, step), sizes.tile)
         while sizes.vmem_needed > sizes.vmem and blocks.tile_rows is None and sizes.tile > align:
@@ -291,36 +284,6 @@ def _check_shapes(H, page_size, W, dtype, cache_dtype):
 # --- Before and after the kernel, by XLA
 
 
-def _work_lists(sizes, cache_lengths, row_offsets):
-    """(int32[3]: how many decodes, units and tiles; their lists).
-
-    Lists: a decode's sequence; a unit's sequence and number (slots [unit * i, unit * (i + 1)) of the sequence); a
-    tile's sequence and first token.
-    """
-    new = row_offsets[1:] - row_offsets[:-1]
-    decodes = jnp.argsort(new != 1, stable=True).astype(jnp.int32)
-    is_chunk = new > 1
-
-    def spread(counts, n):  # -> (sequence, number of the entry in its sequence), int32[max(n, 1)] each
-        ends = jnp.cumsum(counts)
-        i = jnp.arange(max(n, 1))
-        s = jnp.minimum(jnp.searchsorted(ends, i, side="right", method="compare_all"), len(counts) - 1)
-        return s.astype(jnp.int32), (i - (ends - counts)[s]).astype(jnp.int32)
-
-    first_unit = cache_lengths // sizes.unit
-    n_units = jnp.where(is_chunk, (cache_lengths + new - 1) // sizes.unit - first_unit + 1, 0)
-    unit_sequence, unit = spread(n_units, sizes.n_units)
-    first_token = row_offsets[:-1] // sizes.token_align * sizes.token_align
-    n_tiles = jnp.where(is_chunk, -(-(row_offsets[1:] - first_token) // sizes.tile), 0)
-    tile_sequence, tile = spread(n_tiles, sizes.n_tiles)
-    counts = jnp.stack([(new == 1).sum(), n_units.sum(), n_tiles.sum()]).astype(jnp.int32)
-    return counts, (
-        decodes,
-        unit_sequence, first_unit[unit_sequence] + unit,
-        tile_sequence, first_token[tile_sequence] + tile * sizes.tile,
-    )  # fmt: skip
-
-
 def _stored_values(sizes, k, v, dtype, k_scale, v_scale):
     """The step's slots [T, K, W] as the cache will hold them, in float32, which holds any of its dtypes exactly."""
     kv = jnp.concatenate([quantise(k, k_scale, dtype), quantise(v, v_scale, dtype)], axis=-1).astype(jnp.float32)
@@ -359,11 +322,10 @@ def _merge(sizes, out_decode, out_chunk, row_offsets):
     """Each token's output [T, N, H] from where it was computed; zero at padding."""
     lanes = slice(sizes.H - sizes.v_first, 2 * sizes.H - sizes.v_first)
     token = jnp.arange(sizes.T)
-    s = jnp.searchsorted(row_offsets[1:], token, side="right", method="compare_all")
-    s = jnp.minimum(s, sizes.S - 1)
-    decodes = (row_offsets[s + 1] - row_offsets[s] == 1)[:, None, None, None]
+    single = row_offsets[1:] - row_offsets[:-1] == 1
+    decodes = (single & (row_offsets[:-1] == token[:, None])).any(1)
     out = jnp.where(
-        decodes, out_decode[:, :, : sizes.G, lanes], out_chunk[:, :, : sizes.T, lanes].transpose(2, 0, 1, 3)
+        decodes[:, None, None, None], out_decode[:, :, : sizes.G, lanes], out_chunk[:, :, : sizes.T, lanes].transpose(2, 0, 1, 3)
     )
     out = jnp.where((token < row_offsets[-1])[:, None, None, None], out, 0)
     return out.reshape(sizes.T, sizes.K * sizes.G, sizes.H)
@@ -398,6 +360,7 @@ def _call(sizes, interpret, count_bytes, scalars, q_decode, kv_decode, q_chunk, 
             in_specs=specs,
             out_specs=out_specs,
             scratch_shapes=[
+                *(pltpu.SMEM((n,), jnp.int32) for n in sizes.list_lengths),
                 pltpu.VMEM((sizes.K, rows, LANES), jnp.float32),
                 pltpu.VMEM((sizes.K, rows, LANES), jnp.float32),
                 pltpu.VMEM((sizes.K, rows, sizes.v_lanes), jnp.float32),
@@ -414,35 +377,73 @@ def _call(sizes, interpret, count_bytes, scalars, q_decode, kv_decode, q_chunk, 
 
 def _kernel(sizes, has_sinks, count_bytes, *refs):
     refs = list(refs)
-    scalars = _Scalars(*refs[:9])
-    del refs[:9]
+    first_row, lengths, offsets, table = refs[:4]
+    del refs[:4]
     sinks = refs.pop(0) if has_sinks else None
     q_decode, kv_decode, q_chunk, kv_chunk, k_scale, v_scale, _, out_decode, out_chunk, pages = refs[:10]
     counts = refs[10] if count_bytes else None
-    kernel = _Kernel(sizes, scalars, pages, sinks, k_scale, v_scale, counts, *refs[-3:])
+    *lists, m, l, acc = refs[-8:]
+    batch = _Batch(first_row, lengths, offsets, table, *lists)
+    kernel = _Kernel(sizes, batch, pages, sinks, k_scale, v_scale, counts, m, l, acc)
     if counts is not None:
         counts[0] = 0
         counts[1] = 0
+    n_decodes, n_units, n_tiles = _list_work(sizes, batch)
     if sizes.n_chunks:
-        kernel.write_chunks(kv_chunk)
-    kernel.decode(q_decode, kv_decode, out_decode)
+        kernel.write_chunks(n_units, kv_chunk)
+    kernel.decode(n_decodes, q_decode, kv_decode, out_decode)
     if sizes.n_chunks:
-        kernel.attend_chunks(q_chunk, out_chunk)
+        kernel.attend_chunks(n_tiles, q_chunk, out_chunk)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Scalars:
-    """What lies in SMEM before the kernel starts; see `_work_lists`."""
+class _Batch:
+    """What lies in SMEM: the step's numbers, and the lists that `_list_work` makes of them."""
 
-    head: jax.Ref  # first page row of the layer; how many decodes, units, tiles
-    decode_sequence: jax.Ref
-    unit_sequence: jax.Ref
-    unit: jax.Ref
-    tile_sequence: jax.Ref
-    tile_token: jax.Ref
+    first_row: jax.Ref  # [1], of the layer's pages
     lengths: jax.Ref  # [S], before the step
     offsets: jax.Ref  # [S + 1]
     table: jax.Ref  # [S * M]
+    decode_sequence: jax.Ref
+    unit_sequence: jax.Ref
+    unit: jax.Ref  # slots [unit * i, unit * (i + 1)) of the sequence
+    tile_sequence: jax.Ref
+    tile_token: jax.Ref  # the first
+
+
+def _list_work(sizes, batch):
+    """Fills the lists; returns how many decodes, units and tiles there are."""
+
+    def sequence(s, counts):
+        n_decodes, n_units, n_tiles = counts
+        first, end = batch.offsets[s], batch.offsets[s + 1]
+        n_new, length = end - first, batch.lengths[s]
+
+        @pl.when(n_new == 1)
+        def _():
+            batch.decode_sequence[n_decodes] = s
+
+        first_unit = length // sizes.unit
+        first_token = first // sizes.token_align * sizes.token_align
+        new_units = jnp.where(n_new > 1, pl.cdiv(length + n_new, sizes.unit) - first_unit, 0)
+        new_tiles = jnp.where(n_new > 1, pl.cdiv(end - first_token, sizes.tile), 0)
+
+        def unit(i, _):
+            batch.unit_sequence[n_units + i] = s
+            batch.unit[n_units + i] = first_unit + i
+            return 0
+
+        def tile(i, _):
+            batch.tile_sequence[n_tiles + i] = s
+            batch.tile_token[n_tiles + i] = first_token + i * sizes.tile
+            return 0
+
+        lax.fori_loop(0, new_units, unit, 0)
+        lax.fori_loop(0, new_tiles, tile, 0)
+        return n_decodes + (n_new == 1).astype(jnp.int32), n_units + new_units, n_tiles + new_tiles
+
+    none = jnp.int32(0)
+    return lax.fori_loop(0, sizes.S, sequence, (none, none, none))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -460,7 +461,7 @@ class _Kernel:
     """The three loops, over the refs that they share."""
 
     sizes: _Sizes
-    scalars: _Scalars
+    batch: _Batch
     pages: jax.Ref
     sinks: jax.Ref | None
     k_scale: jax.Ref  # [K], times the scale of the scores
@@ -480,7 +481,7 @@ class _Kernel:
             self.counts[at] = self.counts[at] + elements * self.sizes.cache_dtype.itemsize // 512
 
     def page_row(self, sequence, page):
-        return self.scalars.head[0] + self.scalars.table[sequence * self.sizes.M + page]
+        return self.batch.first_row[0] + self.batch.table[sequence * self.sizes.M + page]
 
     def block(self, span, b, slot, buffer, sem, start):
         """Starts, or waits for, the DMAs of block `b` of a span."""
@@ -500,14 +501,14 @@ class _Kernel:
 
     # --- Writing chunks
 
-    def write_chunks(self, kv_chunk):
-        sizes, scalars = self.sizes, self.scalars
-        n, unit = scalars.head[2], sizes.unit
+    def write_chunks(self, n, kv_chunk):
+        sizes, batch = self.sizes, self.batch
+        unit = sizes.unit
 
         def body(new, run, new_sem, run_sem, out_sem):
             def place(i):
-                s, position = scalars.unit_sequence[i], scalars.unit[i] * unit
-                source = scalars.offsets[s] + position - scalars.lengths[s] + unit  # row of kv_chunk
+                s, position = batch.unit_sequence[i], batch.unit[i] * unit
+                source = batch.offsets[s] + position - batch.lengths[s] + unit  # row of kv_chunk
                 at = position % sizes.page_size
                 slots = self.pages.at[self.page_row(s, position // sizes.page_size), :,
                                       pl.ds(pl.multiple_of(at, unit) if unit < sizes.page_size else at, unit)]
@@ -548,8 +549,8 @@ class _Kernel:
                 s, position, source, _ = place(i)
                 shift = source % 8
                 slots = position + lax.broadcasted_iota(jnp.int32, (unit, sizes.W), 0)
-                length = scalars.lengths[s]
-                own = (slots >= length) & (slots < length + scalars.offsets[s + 1] - scalars.offsets[s])
+                length = batch.lengths[s]
+                own = (slots >= length) & (slots < length + batch.offsets[s + 1] - batch.offsets[s])
 
                 def head(h, _):
                     # Rolled up by `shift` rows, with the rows that a roll brings round at the bottom.
@@ -729,17 +730,17 @@ class _Kernel:
 
     # --- Decodes
 
-    def decode(self, q_decode, kv_decode, out_decode):
-        sizes, scalars = self.sizes, self.scalars
-        n, rows, align = scalars.head[1], sizes.decode_rows, sizes.slot_align
+    def decode(self, n, q_decode, kv_decode, out_decode):
+        sizes, batch = self.sizes, self.batch
+        rows, align = sizes.decode_rows, sizes.slot_align
 
         def body(buffer, q, new, out, merged, sem, q_sem, new_sem, out_sem, merged_sem):
             def span_of(i):
-                s = scalars.decode_sequence[i]
-                return self.span(s, scalars.lengths[s], scalars.lengths[s] + 1)
+                s = batch.decode_sequence[i]
+                return self.span(s, batch.lengths[s], batch.lengths[s] + 1)
 
             def token(i):
-                return scalars.offsets[scalars.decode_sequence[i]]
+                return batch.offsets[batch.decode_sequence[i]]
 
             def loads(i):
                 at = i % 2
@@ -754,8 +755,8 @@ class _Kernel:
                 return pltpu.make_async_copy(out.at[i % 2], out_decode.at[token(i)], out_sem.at[i % 2])
 
             def writing_back(i):
-                s = scalars.decode_sequence[i]
-                position = scalars.lengths[s]
+                s = batch.decode_sequence[i]
+                position = batch.lengths[s]
                 rows = self.pages.at[self.page_row(s, position // sizes.page_size), :, tile_of(position)]
                 return pltpu.make_async_copy(merged.at[i % 2], rows, merged_sem.at[i % 2])
 
@@ -837,26 +838,26 @@ class _Kernel:
 
     # --- Tiles of chunks
 
-    def attend_chunks(self, q_chunk, out_chunk):
-        sizes, scalars = self.sizes, self.scalars
-        n, rows = scalars.head[3], sizes.tile_rows
+    def attend_chunks(self, n, q_chunk, out_chunk):
+        sizes, batch = self.sizes, self.batch
+        rows = sizes.tile_rows
 
         def body(buffer, q, out, old, sem, q_sem, out_sem, old_sem):
             def tokens(i):
-                return pl.ds(pl.multiple_of(scalars.tile_token[i], sizes.token_align), sizes.tile)
+                return pl.ds(pl.multiple_of(batch.tile_token[i], sizes.token_align), sizes.tile)
 
             def own(i):  # a tile may begin before its sequence does, and end behind it
-                s, token = scalars.tile_sequence[i], scalars.tile_token[i]
-                return (jnp.maximum(token, scalars.offsets[s]),
-                        jnp.minimum(token + sizes.tile, scalars.offsets[s + 1]))
+                s, token = batch.tile_sequence[i], batch.tile_token[i]
+                return (jnp.maximum(token, batch.offsets[s]),
+                        jnp.minimum(token + sizes.tile, batch.offsets[s + 1]))
 
             def to_position(i):
-                s = scalars.tile_sequence[i]
-                return scalars.lengths[s] - scalars.offsets[s]
+                s = batch.tile_sequence[i]
+                return batch.lengths[s] - batch.offsets[s]
 
             def span_of(i):
                 first, end = own(i)
-                return self.span(scalars.tile_sequence[i], first + to_position(i), end + to_position(i))
+                return self.span(batch.tile_sequence[i], first + to_position(i), end + to_position(i))
 
             def loading(i):
                 return pltpu.make_async_copy(q_chunk.at[:, :, tokens(i)], q.at[i % 2], q_sem.at[i % 2])
@@ -879,13 +880,13 @@ class _Kernel:
                     self.clear_tail(buffer, slot, span.stop - first_slot)
 
                 token = lax.broadcasted_iota(jnp.int32, (rows, sizes.block), 0) & (sizes.tile - 1)
-                position = token + scalars.tile_token[i] + to_position(i)
+                position = token + batch.tile_token[i] + to_position(i)
                 q_of = lambda h: q[i % 2, h].reshape(rows, sizes.k_lanes)  # noqa: E731
                 self.add_block(rows, q_of, position, first_slot, buffer, slot)
 
             def end(i, span):
                 first, stop = own(i)
-                start = scalars.tile_token[i]
+                start = batch.tile_token[i]
 
                 @pl.when(i > 0)
                 def _():
