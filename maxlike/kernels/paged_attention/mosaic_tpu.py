@@ -123,16 +123,20 @@ class _Sizes:
     page_size: int
     dtype: jnp.dtype  # of the products' operands
     cache_dtype: jnp.dtype
-    block_pages: int  # pages that a buffer holds
+    step_pages: int  # pages that a product takes at a time
+    block_pages: int  # pages that a buffer holds: so many steps
     tile: int  # tokens of a tile
     scale: float
     sliding_window: int | None
     soft_cap: float | None
-    vmem: int  # bytes that the kernel may take
 
     @property
     def block(self):
         return self.block_pages * self.page_size
+
+    @property
+    def step(self):
+        return self.step_pages * self.page_size
 
     @property
     def token_align(self):  # rows of a packed tile of q and the output
@@ -190,18 +194,22 @@ class _Sizes:
             if target else (MIB, SMALLEST_VMEM, 8e11)
         )  # fmt: skip
         page_bytes = K * page_size * W * pages.dtype.itemsize
-        step = math.lcm(page_size, LANES) // page_size  # pages that make whole registers of scores
+        least = math.lcm(page_size, LANES) // page_size  # pages that make whole registers of scores
         if blocks.block_tokens is not None:
-            if blocks.block_tokens < 1 or blocks.block_tokens % (step * page_size):
+            if blocks.block_tokens < 1 or blocks.block_tokens % (least * page_size):
                 raise ValueError(
-                    f"block_tokens must be a multiple of {step * page_size} (of 128 tokens, and of pages of "
+                    f"block_tokens must be a multiple of {least * page_size} (of 128 tokens, and of pages of "
                     f"{page_size}); given {blocks.block_tokens}"
                 )
             block_pages = blocks.block_tokens // page_size
         else:
             # Two microseconds' worth of bytes on the way hide a DMA's latency.
-            wanted = min(-(-int(2e-6 * bandwidth) // page_bytes), 1024 // page_size, M)
-            block_pages = max(_ceil(wanted, step) if wanted * page_size < 1024 else wanted // step * step, step)
+            block_pages = min(-(-int(2e-6 * bandwidth) // page_bytes), 1024 // page_size, M)
+        # A product takes up to 512 tokens: whole registers of scores, and little lost on a short sequence.
+        step_pages = min(max(512 // page_size // least, 1) * least, _ceil(block_pages, least))
+        if blocks.block_tokens is not None:
+            step_pages = math.gcd(step_pages, block_pages)
+        block_pages = _ceil(block_pages, step_pages)
         wanted_rows = min(256, max(4096 // K, 1)) if blocks.tile_rows is None else blocks.tile_rows
         if wanted_rows < 1:
             raise ValueError(f"tile_rows must be at least 1; given {blocks.tile_rows}")
@@ -210,8 +218,8 @@ class _Sizes:
         tile = min(tile, max(align, 1 << (T - 1).bit_length()))
 
         def sized(block_pages, tile):
-            return cls(T, S, K, N // K, H, W, M, page_size, dtype, pages.dtype, block_pages, tile, scale,
-                       sliding_window, soft_cap, vmem * 7 // 8)  # fmt: skip
+            return cls(T, S, K, N // K, H, W, M, page_size, dtype, pages.dtype, min(step_pages, block_pages),
+                       block_pages, tile, scale, sliding_window, soft_cap)  # fmt: skip
 
         sizes = sized(block_pages, tile)
         smem_needed = 4 * (S * M + 2 * S + sum(sizes.list_lengths))
@@ -221,16 +229,18 @@ class _Sizes:
                 f"{smem_needed} bytes; of {smem} three quarters can be had. Use larger pages than {page_size} tokens, "
                 "fewer sequences a step, or implementation=Xla()."
             )
-        while sizes.vmem_needed > sizes.vmem and blocks.block_tokens is None and sizes.block_pages > step:
-            sizes = sized(max(sizes.block_pages // 2 // step * step, step), sizes.tile)
-        while sizes.vmem_needed > sizes.vmem and blocks.tile_rows is None and sizes.tile > align:
+        most = vmem * 7 // 8
+        while sizes.vmem_needed > most and blocks.block_tokens is None and sizes.block_pages > least:
+            fewer = sizes.block_pages - (step_pages if sizes.block_pages > step_pages else least)
+            sizes = sized(fewer, sizes.tile)
+        while sizes.vmem_needed > most and blocks.tile_rows is None and sizes.tile > align:
             sizes = sized(sizes.block_pages, sizes.tile // 2)
-        if sizes.vmem_needed > sizes.vmem:
+        if sizes.vmem_needed > most:
             raise ValueError(
                 f"MosaicTpu needs {sizes.vmem_needed / MIB:.1f} MiB of VMEM for blocks of {sizes.block} tokens and "
                 f"tiles of {sizes.tile_rows} rows with {K} KV heads of {H} in {pages.dtype}; the target has "
-                f"{vmem / MIB:.0f} MiB, of which {sizes.vmem / MIB:.1f} can be had. Use smaller blocks, smaller pages "
-                f"than {page_size} tokens, more devices, or implementation=Xla()."
+                f"{vmem / MIB:.0f} MiB, of which {most / MIB:.1f} can be had. Use smaller blocks, smaller pages than "
+                f"{page_size} tokens, more devices, or implementation=Xla()."
             )
         return sizes
 
@@ -246,7 +256,7 @@ class _Sizes:
         tiles = self.K * self.tile_rows * (2 * self.k_lanes + 2 * self.v_lanes) * item
         writes = 2 * self.K * self.W * ((self.unit + 8) * 4 + self.unit * cache_item)
         sinks = self.K * self.decode_rows * LANES * 4
-        values = 4 * rows * self.block * 4 + self.block * (self.k_lanes + self.v_lanes) * (4 + item)
+        values = 4 * rows * self.step * 4 + self.step * (self.k_lanes + self.v_lanes) * (4 + item)
         return max(writes, blocks + stats + max(decode, tiles) + values) + sinks + MIB
 
 
@@ -368,7 +378,7 @@ def _call(sizes, interpret, count_bytes, scalars, q_decode, kv_decode, q_chunk, 
         ),
         out_shape=out_shape,
         input_output_aliases={len(scalars) + len(inputs) - 1: 2},
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=sizes.vmem),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=sizes.vmem_needed),
         interpret=interpret,
         name="ragged_paged_attention",
     )(*scalars, *inputs)
@@ -651,7 +661,7 @@ class _Kernel:
         lax.fori_loop(0, self.sizes.K, head, 0)
 
     def clear_tail(self, buffer, slot, filled):
-        """Zeroes the slots of a block from `filled` on: nothing times NaN would still be NaN."""
+        """Zeroes the slots from `filled` on in the last step of a block: nothing times NaN would still be NaN."""
         sizes = self.sizes
         if sizes.cache_dtype == jnp.int8:
             return
@@ -666,63 +676,68 @@ class _Kernel:
 
             return lax.fori_loop(0, sizes.K, head, 0)
 
-        lax.fori_loop(filled // sizes.page_size, sizes.block_pages, page, 0)
+        lax.fori_loop(filled // sizes.page_size, pl.cdiv(filled, sizes.step) * sizes.step_pages, page, 0)
 
-    def add_block(self, rows, q_of, position, first_slot, buffer, slot):
+    def add_block(self, rows, q_of, position, span, first_slot, buffer, slot):
         """Adds a block to the statistics of `rows` rows a head.
 
         Args:
           q_of: head -> its queries [rows, k_lanes].
-          position: of each row, int32[rows, 1] or a scalar.
+          position: of each row, int32[rows, step] or a scalar.
           first_slot: position of the block's first slot.
         """
+        sizes = self.sizes
+        # Heads side by side hide each other's latencies; all of many would only be a long program.
+        together = max(n for n in (1, 2, 4, 8) if sizes.K % n == 0 and n * rows <= 512 or n == 1)
+
+        def step(i, _):
+            j = first_slot + i * sizes.step + lax.broadcasted_iota(jnp.int32, (rows, sizes.step), 1)
+            seen = j <= position
+            if sizes.sliding_window is not None:
+                seen &= j > position - sizes.sliding_window
+
+            def heads(g, _):
+                for h in range(together):
+                    self.add(g * together + h, rows, q_of, seen, buffer.at[slot, pl.ds(i * sizes.step_pages,
+                                                                                       sizes.step_pages)])
+                return 0
+
+            return lax.fori_loop(0, sizes.K // together, heads, 0)
+
+        filled = jnp.minimum(span.stop - first_slot, sizes.block)
+        lax.fori_loop(0, pl.cdiv(filled, sizes.step), step, 0)
+
+    def add(self, h, rows, q_of, seen, pages):
+        """Adds a step's slots, `pages` [step_pages, K, page_size, W], to the statistics of one head."""
         sizes = self.sizes
         dot = functools.partial(
             lax.dot_general,
             preferred_element_type=jnp.float32,
             precision=lax.Precision.HIGHEST if sizes.dtype == jnp.float32 else None,
         )
-        j = first_slot + lax.broadcasted_iota(jnp.int32, (rows, sizes.block), 1)
-        seen = j <= position
-        if sizes.sliding_window is not None:
-            seen &= j > position - sizes.sliding_window
 
-        def lanes(h, first, n):
-            x = buffer[slot, :, h, :, pl.ds(first, n)]
-            if sizes.cache_dtype != sizes.dtype:
-                if sizes.cache_dtype.itemsize == 1:
-                    x = x.astype(jnp.float32)
-                x = x.astype(sizes.dtype)
-            return x.reshape(sizes.block, n)
+        def lanes(first, n):
+            x = pages[:, h, :, pl.ds(first, n)]
+            if sizes.cache_dtype.itemsize == 1:
+                x = x.astype(jnp.float32)
+            return x.astype(sizes.dtype).reshape(sizes.step, n)
 
-        def head(h):
-            keys = lanes(h, 0, sizes.k_lanes)
-            if 2 * sizes.H < sizes.k_lanes:  # lanes that hold neither K nor V hold anything
-                lane = lax.broadcasted_iota(jnp.int32, keys.shape, 1)
-                keys = jnp.where(lane < 2 * sizes.H, keys, 0)
-            scores = self.k_scale[h] * dot(q_of(h), keys, (((1,), (1,)), ((), ())))
-            if sizes.soft_cap is not None:
-                scores = sizes.soft_cap * jnp.tanh(scores / sizes.soft_cap)
-            scores = jnp.where(seen, scores, NO_SCORE)
-            m, l = self.m[h, :rows], self.l[h, :rows]
-            m_next = jnp.maximum(m, scores.max(1, keepdims=True))
-            p = jnp.exp(scores - m_next[:, :1])
-            shrink = jnp.exp(m - m_next)
-            self.m[h, :rows] = m_next
-            self.l[h, :rows] = shrink * l + p.sum(1, keepdims=True)
-            values = lanes(h, sizes.v_first, sizes.v_lanes)
-            added = dot(p.astype(sizes.dtype), values, (((1,), (0,)), ((), ())))
-            self.acc[h, :rows] = shrink[:, :1] * self.acc[h, :rows] + added
-
-        # Heads side by side hide each other's latencies; all of many would only be a long program.
-        together = max(n for n in (1, 2, 4, 8) if sizes.K % n == 0 and n * rows <= 512 or n == 1)
-
-        def heads(i, _):
-            for u in range(together):
-                head(i * together + u)
-            return 0
-
-        lax.fori_loop(0, sizes.K // together, heads, 0)
+        keys = lanes(0, sizes.k_lanes)
+        if 2 * sizes.H < sizes.k_lanes:  # lanes that hold neither K nor V hold anything
+            lane = lax.broadcasted_iota(jnp.int32, keys.shape, 1)
+            keys = jnp.where(lane < 2 * sizes.H, keys, 0)
+        scores = self.k_scale[h] * dot(q_of(h), keys, (((1,), (1,)), ((), ())))
+        if sizes.soft_cap is not None:
+            scores = sizes.soft_cap * jnp.tanh(scores / sizes.soft_cap)
+        scores = jnp.where(seen, scores, NO_SCORE)
+        m, l = self.m[h, :rows], self.l[h, :rows]
+        m_next = jnp.maximum(m, scores.max(1, keepdims=True))
+        p = jnp.exp(scores - m_next[:, :1])
+        shrink = jnp.exp(m - m_next)
+        self.m[h, :rows] = m_next
+        self.l[h, :rows] = shrink * l + p.sum(1, keepdims=True)
+        added = dot(p.astype(sizes.dtype), lanes(sizes.v_first, sizes.v_lanes), (((1,), (0,)), ((), ())))
+        self.acc[h, :rows] = shrink[:, :1] * self.acc[h, :rows] + added
 
     def result(self, h, rows):
         """A head's output [rows, v_lanes]."""
@@ -804,7 +819,7 @@ class _Kernel:
                 def _():
                     merge(i, span, first_slot, slot)
 
-                self.add_block(rows, lambda h: q[i % 2, h], span.stop - 1, first_slot, buffer, slot)
+                self.add_block(rows, lambda h: q[i % 2, h], span.stop - 1, span, first_slot, buffer, slot)
 
             def end(i, span):
                 def head(h, _):
@@ -879,10 +894,10 @@ class _Kernel:
                 def _():
                     self.clear_tail(buffer, slot, span.stop - first_slot)
 
-                token = lax.broadcasted_iota(jnp.int32, (rows, sizes.block), 0) & (sizes.tile - 1)
+                token = lax.broadcasted_iota(jnp.int32, (rows, sizes.step), 0) & (sizes.tile - 1)
                 position = token + batch.tile_token[i] + to_position(i)
                 q_of = lambda h: q[i % 2, h].reshape(rows, sizes.k_lanes)  # noqa: E731
-                self.add_block(rows, q_of, position, first_slot, buffer, slot)
+                self.add_block(rows, q_of, position, span, first_slot, buffer, slot)
 
             def end(i, span):
                 first, stop = own(i)
