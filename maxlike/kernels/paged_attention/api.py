@@ -126,8 +126,9 @@ def ragged_paged_attention(
     heads, kv_heads = P(None, q_axes, None), P(None, kv_axes, None)
     cache = P(None, kv_axes, None, None)
     per_head_specs = P(q_axes), P(kv_axes), P(kv_axes)
+    there = mesh if isinstance(q, jax.core.Tracer) else q.sharding.mesh  # eagerly, that of real devices
     per_head = [
-        x if x is None else jax.reshard(x, NamedSharding(mesh, spec))
+        x if x is None else jax.reshard(x, NamedSharding(there, spec))
         for x, spec in zip(per_head, per_head_specs, strict=True)
     ]
     return jax.shard_map(
