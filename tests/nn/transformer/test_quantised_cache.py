@@ -19,11 +19,11 @@ GROUPS = [[0, 1, 3, 4], [2, 5]]
 BATCH = ragged(sequences(INTERLEAVED), (0,) * len(TOTALS), (5, 0, 1, 7))
 
 
-def by_hand(tiny: Tiny, largest: float) -> tuple[np.ndarray, np.ndarray]:
-    """k and v scales [L, K] for `BATCH`, from keys and values written out."""
+def by_hand(tiny: Tiny, largest: float, lengths: tuple[int, ...] = (5, 0, 1, 7)) -> tuple[np.ndarray, np.ndarray]:
+    """k and v scales [L, K] for the sequences' first tokens, `BATCH` if not told, from keys and values written out."""
     cached: list[tuple[Any, Any]] = []
     plain_logits(tiny, tiny.weights(), sequences(tiny), cached=cached)
-    own = np.arange(max(TOTALS)) < np.array([5, 0, 1, 7])[:, None]  # [S, L]
+    own = np.arange(max(TOTALS)) < np.array(lengths)[:, None]  # [S, L]
     k, v = (np.array([np.abs(layer[own]).max((0, 2)) for layer in layers]) for layers in zip(*cached, strict=True))
     return k / largest, v / largest
 
@@ -49,7 +49,7 @@ def test_a_head_of_zeros_has_a_scale(devices: list[jax.Device]) -> None:
     model = build(Tiny(), devices[:1])
     for names, _, param in named_parameters(model):
         if names == ["layers.1.attention.v_proj.weight"]:
-            param.set_value(param.get_value().at[:8].set(0))
+            param.set_value(param.get_value() * (np.arange(16) >= 8)[:, None])
     scales = calibrate(model, *BATCH)
     assert scales.v[1][0] == SMALLEST_SCALE < min(scales.v[0] + scales.v[1][1:] + scales.k[1])
 
@@ -69,7 +69,7 @@ def test_what_cannot_be_calibrated(devices: list[jax.Device]) -> None:
 
 
 # Each dtype's error as a part of the largest logit, twice what was seen: int8 has 7 bits beside the sign, float8 3.
-BOUNDS = {"int8": 0.05, "float8_e4m3fn": 0.25}
+BOUNDS = {"int8": 0.07, "float8_e4m3fn": 0.17}
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_logits_are_near_those_of_a_float_cache(devices: list[jax.Device], n_dev
                                                 dtype: str) -> None:
     tokens = sequences(INTERLEAVED)
     expected, _ = serve(build(INTERLEAVED, devices[:1]), tokens)
-    scales = KVScales(*by_hand(INTERLEAVED, dict(int8=127, float8_e4m3fn=448)[dtype]))
+    scales = KVScales(*by_hand(INTERLEAVED, dict(int8=127, float8_e4m3fn=448)[dtype], TOTALS))
     model = build(INTERLEAVED, devices[:n_devices], dtype=dtype, scales=scales, **options)
     got, pages = serve(model, tokens)
     assert pages.dtype == model.kv_params.dtype
@@ -101,7 +101,8 @@ def test_float8_without_scales(devices: list[jax.Device]) -> None:
     expected, _ = serve(build(INTERLEAVED, devices[:1]), tokens)
     got, _ = serve(build(INTERLEAVED, devices[:2], dtype="float8_e4m3fn"), tokens)
     for g, e in zip(got, expected, strict=True):
-        assert np.nanmax(np.abs(g - e)) < BOUNDS["float8_e4m3fn"] * np.nanmax(np.abs(e))
+        # Small values are coarser than with scales.
+        assert np.nanmax(np.abs(g - e)) < 2 * BOUNDS["float8_e4m3fn"] * np.nanmax(np.abs(e))
 
 
 def test_scales_do_not_make_steps_compile_again(devices: list[jax.Device]) -> None:
