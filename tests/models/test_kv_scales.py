@@ -53,8 +53,7 @@ def problems(folder: Path, devices: list[jax.Device], **options: Any) -> str:
 def test_every_name_is_read(form: str, tmp_path: Path, devices: list[jax.Device]) -> None:
     tensors = scale_tensors(form)
     folder = write_with(tmp_path, tensors)
-    expected = {place: np.broadcast_to(np.asarray(tensors[form.format(i=place[0], x=place[1])], dtype=np.float64).reshape(-1), 2)
-                for place in STATED}
+    expected = {(i, x): tensors[form.format(i=i, x=x)].astype(np.float64).reshape(-1) for i, x in STATED}
     for dtype, factor in ((FP8, 1), ("int8", 448 / 127)):
         params = maxlike.load(folder, devices=devices[:2], kv_cache_dtype=dtype).kv_params
         assert params.dtype.name == dtype and params.scales is not None

@@ -122,7 +122,7 @@ def ragged_paged_attention(
 
     mesh = jax.typeof(q).sharding.mesh
     if implementation is None:
-        implementation = default_implementation(_default_device() if mesh.empty else mesh.abstract_device)
+        implementation = default_implementation(mesh.abstract_device or _default_device())
 
     def attend(*arrays):
         return implementation(*arrays, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
