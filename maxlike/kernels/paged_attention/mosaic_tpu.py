@@ -334,9 +334,8 @@ def _merge(sizes, out_decode, out_chunk, row_offsets):
     token = jnp.arange(sizes.T)
     single = row_offsets[1:] - row_offsets[:-1] == 1
     decodes = (single & (row_offsets[:-1] == token[:, None])).any(1)
-    out = jnp.where(
-        decodes[:, None, None, None], out_decode[:, :, : sizes.G, lanes], out_chunk[:, :, : sizes.T, lanes].transpose(2, 0, 1, 3)
-    )
+    by_head = out_chunk[:, :, : sizes.T, lanes].transpose(2, 0, 1, 3)
+    out = jnp.where(decodes[:, None, None, None], out_decode[:, :, : sizes.G, lanes], by_head)
     out = jnp.where((token < row_offsets[-1])[:, None, None, None], out, 0)
     return out.reshape(sizes.T, sizes.K * sizes.G, sizes.H)
 
@@ -688,7 +687,7 @@ class _Kernel:
         """
         sizes = self.sizes
         # Heads side by side hide each other's latencies; all of many would only be a long program.
-        together = max(n for n in (1, 2, 4, 8) if sizes.K % n == 0 and n * rows <= 512 or n == 1)
+        together = max(n for n in (1, 2, 4, 8) if (sizes.K % n == 0 and n * rows <= 512) or n == 1)
 
         def step(i, _):
             j = first_slot + i * sizes.step + lax.broadcasted_iota(jnp.int32, (rows, sizes.step), 1)
@@ -723,7 +722,7 @@ class _Kernel:
             return x.astype(sizes.dtype).reshape(sizes.step, n)
 
         keys = lanes(0, sizes.k_lanes)
-        if 2 * sizes.H < sizes.k_lanes:  # lanes that hold neither K nor V hold anything
+        if sizes.k_lanes > 2 * sizes.H:  # lanes that hold neither K nor V hold anything
             lane = lax.broadcasted_iota(jnp.int32, keys.shape, 1)
             keys = jnp.where(lane < 2 * sizes.H, keys, 0)
         scores = self.k_scale[h] * dot(q_of(h), keys, (((1,), (1,)), ((), ())))
