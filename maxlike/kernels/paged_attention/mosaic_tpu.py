@@ -93,19 +93,19 @@ class MosaicTpu:
         self, q, k, v, pages, cache_lengths, page_table, row_offsets, first_page, sinks, k_scale, v_scale, *,
         scale, sliding_window, soft_cap, count_bytes,
     ):  # fmt: skip
-        """As a call; with `count_bytes` a third result counts the DMAs' bytes: int32[2], pages read and written.
+        """As a call, and a third result: None, or with `count_bytes` what the DMAs of pages moved as they started.
 
-        A count is of 512-byte units, the bytes of a register's row in each dtype taken as they lie in HBM.
+        That is int32[2], read and written, in units of 512 bytes, lane padding counted.
         """
         sizes = _Sizes.plan(self, q, pages, page_table, scale, sliding_window, soft_cap)
         kv = _stored_values(sizes, k, v, pages.dtype, k_scale, v_scale)
         q_decode, kv_decode, q_chunk, kv_chunk = _arrange(sizes, q.astype(sizes.dtype), kv)
         scalars = (jnp.atleast_1d(first_page), cache_lengths, row_offsets, page_table.reshape(-1))
 
-        out_decode, out_chunk, pages, counts = _call(
-            sizes, self.interpret, count_bytes, scalars, q_decode, kv_decode, q_chunk, kv_chunk,
-            _sink_rows(sizes, sinks), *_scale_rows(sizes, k_scale, v_scale), pages,
-        )  # fmt: skip
+        k_scale, v_scale = _scale_rows(sizes, k_scale, v_scale)
+        arrays = [] if sinks is None else [_sink_rows(sizes, sinks)]
+        arrays += [q_decode, kv_decode, q_chunk, kv_chunk, k_scale, v_scale, pages]
+        out_decode, out_chunk, pages, counts = _call(sizes, self.interpret, count_bytes, scalars, arrays)
         return _merge(sizes, out_decode, out_chunk, row_offsets).astype(q.dtype), pages, counts
 
 
@@ -316,8 +316,6 @@ def _arrange(sizes, q, kv):
 
 def _sink_rows(sizes, sinks):
     """Sinks as rows of a decode [K, decode_rows, 128], all lanes the same."""
-    if sinks is None:
-        return None
     rows = jnp.pad(sinks.astype(jnp.float32).reshape(sizes.K, sizes.G), ((0, 0), (0, sizes.decode_rows - sizes.G)))
     return jnp.broadcast_to(rows[..., None], (*rows.shape, LANES))
 
@@ -343,14 +341,10 @@ def _merge(sizes, out_decode, out_chunk, row_offsets):
 # --- The kernel
 
 
-def _call(sizes, interpret, count_bytes, scalars, q_decode, kv_decode, q_chunk, kv_chunk, sinks, k_scale, v_scale,
-          pages):  # fmt: skip
+def _call(sizes, interpret, count_bytes, scalars, arrays):
+    has_sinks = len(arrays) == 8
     hbm, smem, vmem = (pl.BlockSpec(memory_space=space) for space in (pl.ANY, pltpu.SMEM, pltpu.VMEM))
-    inputs = [q_decode, kv_decode, q_chunk, kv_chunk, k_scale, v_scale, pages]
-    specs = [hbm, hbm, hbm, hbm, smem, smem, hbm]
-    if sinks is not None:
-        inputs.insert(0, sinks)
-        specs.insert(0, vmem)
+    q_decode, _, q_chunk, _, _, _, pages = arrays[-7:]
     out_shape = [
         jax.ShapeDtypeStruct((*q_decode.shape[:3], sizes.v_lanes), sizes.dtype),
         jax.ShapeDtypeStruct((*q_chunk.shape[:3], sizes.v_lanes), sizes.dtype),
@@ -362,11 +356,11 @@ def _call(sizes, interpret, count_bytes, scalars, q_decode, kv_decode, q_chunk, 
         out_specs.append(smem)
     rows = max(sizes.decode_rows, sizes.tile_rows)
     out = pl.pallas_call(
-        functools.partial(_kernel, sizes, sinks is not None, count_bytes),
+        functools.partial(_kernel, sizes, has_sinks, count_bytes),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(1,),
-            in_specs=specs,
+            in_specs=[vmem] * has_sinks + [hbm, hbm, hbm, hbm, smem, smem, hbm],
             out_specs=out_specs,
             scratch_shapes=[
                 *(pltpu.SMEM((n,), jnp.int32) for n in sizes.list_lengths),
@@ -376,19 +370,16 @@ def _call(sizes, interpret, count_bytes, scalars, q_decode, kv_decode, q_chunk, 
             ],
         ),
         out_shape=out_shape,
-        input_output_aliases={len(scalars) + len(inputs) - 1: 2},
+        input_output_aliases={len(scalars) + len(arrays) - 1: 2},
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=sizes.vmem_needed),
         interpret=interpret,
         name="ragged_paged_attention",
-    )(*scalars, *inputs)
+    )(*scalars, *arrays)
     return (*out, None)[:4]
 
 
-def _kernel(sizes, has_sinks, count_bytes, *refs):
-    refs = list(refs)
-    first_row, lengths, offsets, table = refs[:4]
-    del refs[:4]
-    sinks = refs.pop(0) if has_sinks else None
+def _kernel(sizes, has_sinks, count_bytes, first_row, lengths, offsets, table, *refs):
+    sinks, refs = (refs[0], refs[1:]) if has_sinks else (None, refs)
     q_decode, kv_decode, q_chunk, kv_chunk, k_scale, v_scale, _, out_decode, out_chunk, pages = refs[:10]
     counts = refs[10] if count_bytes else None
     *lists, m, l, acc = refs[-8:]
@@ -542,7 +533,7 @@ class _Kernel:
             def _():
                 fetch(0, 0)
 
-            def step(i, _):
+            def step(i, carry):
                 slot, other = i % 2, 1 - i % 2
 
                 @pl.when(i > 0)
@@ -561,15 +552,15 @@ class _Kernel:
                 length = batch.lengths[s]
                 own = (slots >= length) & (slots < length + batch.offsets[s + 1] - batch.offsets[s])
 
-                def head(h, _):
+                def head(h, carry):
                     # Rolled up by `shift` rows, with the rows that a roll brings round at the bottom.
                     rows = pltpu.roll(new[slot, h], (unit + 8 - shift) % (unit + 8), 0)[:unit]
                     run[slot, h] = self.to_cache(jnp.where(own, rows, run[slot, h].astype(jnp.float32)))
-                    return 0
+                    return carry
 
                 lax.fori_loop(0, sizes.K, head, 0)
                 self.start_pages(write_back(i, slot), sizes.K * unit * sizes.W, writing=True)
-                return 0
+                return carry
 
             lax.fori_loop(0, n, step, 0)
 
@@ -596,7 +587,7 @@ class _Kernel:
     def span(self, sequence, first, stop):
         """Of queries at positions [first, stop) of a sequence."""
         sizes = self.sizes
-        oldest = 0
+        oldest = jnp.int32(0)
         if sizes.sliding_window is not None:
             oldest = jnp.maximum(0, first - sizes.sliding_window + 1) // sizes.page_size
         return _Span(sequence, oldest, pl.cdiv(stop, sizes.page_size) - oldest, stop)
@@ -644,15 +635,15 @@ class _Kernel:
 
         lax.fori_loop(0, n, item, jnp.int32(0))
 
-    def reset(self, rows, sink_of):
-        """Starts the statistics of `rows` rows a head. `sink_of(h)` is float32[rows, 128]."""
+    def reset(self, rows, arrange):
+        """Starts the statistics of `rows` rows a head; `arrange` makes those of sinks of a decode's."""
 
         def head(h, _):
             if self.sinks is None:
                 self.m[h, :rows] = jnp.full((rows, LANES), NO_SCORE, jnp.float32)
                 self.l[h, :rows] = jnp.zeros((rows, LANES), jnp.float32)
             else:
-                self.m[h, :rows] = sink_of(h)
+                self.m[h, :rows] = arrange(self.sinks[h])
                 self.l[h, :rows] = jnp.ones((rows, LANES), jnp.float32)
             self.acc[h, :rows] = jnp.zeros((rows, self.sizes.v_lanes), jnp.float32)
             return 0
@@ -791,7 +782,7 @@ class _Kernel:
                 def _():
                     wait_for(i - 2)
 
-                self.reset(rows, lambda h: self.sinks[h])
+                self.reset(rows, lambda sinks: sinks)
 
             def merge(i, span, first_slot, slot):
                 """Puts the new token into the block, and its packed rows on their way to the page."""
@@ -882,11 +873,11 @@ class _Kernel:
             def begin(i, span):
                 loading(i).wait()
 
-                def sink_of(h):
-                    return jnp.concatenate([jnp.broadcast_to(self.sinks[h, g : g + 1], (sizes.tile, LANES))
-                                            for g in range(sizes.G)])  # fmt: skip
+                def each_token(sinks):
+                    each = [jnp.broadcast_to(sinks[g : g + 1], (sizes.tile, LANES)) for g in range(sizes.G)]
+                    return jnp.concatenate(each)
 
-                self.reset(rows, sink_of)
+                self.reset(rows, each_token)
 
             def step(i, span, first_slot, last, slot):
                 @pl.when(last)
