@@ -87,7 +87,7 @@ def test_only_products_and_kernels_are_work():
 
 
 def test_the_loop_must_be_the_only_one_with_collectives():
-    with pytest.raises(ValueError, match="0 of the program's 2 outermost loops"):
+    with pytest.raises(ValueError, match="0 of the program's outermost loops"):
         loop_body(PROGRAM.replace("body=%outer_body", "body=%quiet_body"))
-    with pytest.raises(ValueError, match="2 of the program's 2 outermost loops"):
+    with pytest.raises(ValueError, match="2 of the program's outermost loops"):
         loop_body(PROGRAM.replace("body=%quiet_body", "body=%inner_body"))

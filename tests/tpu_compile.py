@@ -57,19 +57,18 @@ def topology_mesh(name: str, axes: dict[str, int]) -> Mesh:
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types, devices=devices)
 
 
-def loop_body(text: str) -> str:
-    """The body of the program's scan, in schedule order, and then all that it calls, nested loops included.
+def loop_bodies(text: str) -> list[str]:
+    """The bodies of the program's scans that run a collective, each in schedule order with all that it calls.
+
+    Outermost loops only: the loops inside are part of their bodies.
 
     Args:
       text: a compiled program, `compiled.as_text()`.
-
-    Raises:
-      ValueError: the program does not have exactly one outermost loop that runs a collective.
     """
     computations = {match[2]: match[0] for match in _COMPUTATION.finditer(text)}
     bodies = []
 
-    def find(name):  # outermost loops only: does not look into the loops that it finds
+    def find(name):  # does not look into the loops that it finds
         for _, opcode, rest in _INSTRUCTION.findall(computations[name]):
             if opcode == "while":
                 body = re.search(r"body=%([^\s,]+)", rest)[1]
@@ -79,9 +78,18 @@ def loop_body(text: str) -> str:
                     find(callee)
 
     find(next(match[2] for match in _COMPUTATION.finditer(text) if match[1]))
-    found = [body for body in bodies if count_collectives(body)]
+    return [body for body in bodies if count_collectives(body)]
+
+
+def loop_body(text: str) -> str:
+    """The body of the program's one scan that runs a collective.
+
+    Raises:
+      ValueError: there is none, or more than one.
+    """
+    found = loop_bodies(text)
     if len(found) != 1:
-        raise ValueError(f"{len(found)} of the program's {len(bodies)} outermost loops run collectives")
+        raise ValueError(f"{len(found)} of the program's outermost loops run collectives; expected one")
     return found[0]
 
 
