@@ -58,7 +58,7 @@ def test_every_name_is_read(form: str, tmp_path: Path, devices: list[jax.Device]
         params = maxlike.load(folder, devices=devices[:2], kv_cache_dtype=dtype).kv_params
         assert params.dtype.name == dtype and params.scales is not None
         for (i, x), scale in expected.items():
-            np.testing.assert_allclose(getattr(params.scales, x)[i], factor * scale, rtol=1e-12)
+            np.testing.assert_allclose(getattr(params.scales, x)[i], factor * np.broadcast_to(scale, 2), rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])

@@ -15,7 +15,7 @@ from maxlike.nn.transformer.segments import named_parameters
 from tests.nn.transformer.tiny import STEPS, TOTALS, Tiny, abstract, build, plain_logits, ragged, sequences, serve
 
 INTERLEAVED = Tiny(windows=(3, 3, None, 3, 3, None))
-GROUPS = [[0, 1, 3, 4], [2, 5]]
+SCANNED = dict(use_subgraphs=True, groups=[[0, 1, 3, 4], [2, 5]])
 BATCH = ragged(sequences(INTERLEAVED), (0,) * len(TOTALS), (5, 0, 1, 7))
 
 
@@ -29,14 +29,13 @@ def by_hand(tiny: Tiny, largest: float, lengths: tuple[int, ...] = (5, 0, 1, 7))
 
 
 @pytest.mark.parametrize(
-    ("n_devices", "options"),
-    [(1, {}), (8, dict(use_subgraphs=True, groups=GROUPS)), (2, dict(use_subgraphs=True, groups=GROUPS)),
-     (1, dict(strategy=KVCacheStrategy.CONTINUOUS))],
+    ("dtype", "largest", "n_devices", "options"),
+    [("int8", 127, 1, {}), ("float8_e4m3fn", 448, 8, SCANNED), ("int8", 127, 2, SCANNED),
+     ("int8", 127, 1, dict(strategy=KVCacheStrategy.CONTINUOUS))],
     ids=["unrolled", "scanned_on_8", "scanned_on_2", "continuous"],
 )  # fmt: skip
-@pytest.mark.parametrize(("dtype", "largest"), [("int8", 127), ("float8_e4m3fn", 448)])
-def test_scales_are_those_computed_by_hand(devices: list[jax.Device], n_devices: int, options: dict[str, Any],
-                                           dtype: str, largest: float) -> None:
+def test_scales_are_those_computed_by_hand(devices: list[jax.Device], dtype: str, largest: float, n_devices: int,
+                                           options: dict[str, Any]) -> None:
     model = build(INTERLEAVED, devices[:n_devices], **options)
     scales = calibrate(model, *BATCH, dtype)
     for got, expected in zip((scales.k, scales.v), by_hand(INTERLEAVED, largest), strict=True):
@@ -72,16 +71,17 @@ def test_what_cannot_be_calibrated(devices: list[jax.Device]) -> None:
 BOUNDS = {"int8": 0.07, "float8_e4m3fn": 0.17}
 
 
-@pytest.mark.parametrize(
-    ("n_devices", "options"),
-    [(1, {}), (8, dict(use_subgraphs=True, groups=GROUPS)), (1, dict(strategy=KVCacheStrategy.CONTINUOUS))],
-    ids=["unrolled", "scanned_on_8", "continuous"],
-)
+@pytest.fixture(scope="module")
+def expected(devices: list[jax.Device]) -> list[np.ndarray]:
+    """Each step's logits over a float cache."""
+    return serve(build(INTERLEAVED, devices[:1]), sequences(INTERLEAVED))[0]
+
+
+@pytest.mark.parametrize(("n_devices", "options"), [(1, {}), (8, SCANNED)], ids=["unrolled", "scanned_on_8"])
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_logits_are_near_those_of_a_float_cache(devices: list[jax.Device], n_devices: int, options: dict[str, Any],
-                                                dtype: str) -> None:
+def test_logits_are_near_those_of_a_float_cache(devices: list[jax.Device], expected: list[np.ndarray], n_devices: int,
+                                                options: dict[str, Any], dtype: str) -> None:
     tokens = sequences(INTERLEAVED)
-    expected, _ = serve(build(INTERLEAVED, devices[:1]), tokens)
     scales = KVScales(*by_hand(INTERLEAVED, dict(int8=127, float8_e4m3fn=448)[dtype], TOTALS))
     model = build(INTERLEAVED, devices[:n_devices], dtype=dtype, scales=scales, **options)
     got, pages = serve(model, tokens)
@@ -96,10 +96,8 @@ def test_logits_are_near_those_of_a_float_cache(devices: list[jax.Device], n_dev
     assert same >= 0.75 * total
 
 
-def test_float8_without_scales(devices: list[jax.Device]) -> None:
-    tokens = sequences(INTERLEAVED)
-    expected, _ = serve(build(INTERLEAVED, devices[:1]), tokens)
-    got, _ = serve(build(INTERLEAVED, devices[:2], dtype="float8_e4m3fn"), tokens)
+def test_float8_without_scales(devices: list[jax.Device], expected: list[np.ndarray]) -> None:
+    got, _ = serve(build(INTERLEAVED, devices[:2], dtype="float8_e4m3fn"), sequences(INTERLEAVED))
     for g, e in zip(got, expected, strict=True):
         # Small values are coarser than with scales.
         assert np.nanmax(np.abs(g - e)) < 2 * BOUNDS["float8_e4m3fn"] * np.nanmax(np.abs(e))
