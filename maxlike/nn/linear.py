@@ -32,37 +32,50 @@ class DistributedGemmConfig:
     enable_matmul_allreduce: bool = False
 
 
-_MIN_ROWS = 4
-"""XLA:CPU widens the whole of a bfloat16 weight to multiply it with a single row; several rows go ten times faster."""
+_LANES = 16
+"""Rows of activations that XLA:CPU multiplies at a time by a bfloat16 weight that is the left operand."""
+_MAX_ROWS_BEHIND_WEIGHT = 64
+"""With some hundred rows the arithmetic outweighs what rearranging a weight costs, and x on the left is as fast."""
 
 
-def matmul(x: jax.Array, weight: jax.Array, out_sharding: NamedSharding | None = None, *,
-           tied: bool = False) -> jax.Array:
+def matmul(x: jax.Array, weight: jax.Array, out_sharding: NamedSharding | None = None) -> jax.Array:
     """`x @ weight.T`, accumulated in float32: `[T, I], [O, I] -> [T, O]` in `x.dtype`.
 
     Args:
         out_sharding: of the result, where the contracted dimension is sharded.
-        tied: the weight is an embedding's too.
     """
 
-    def product(x: jax.Array, weight: jax.Array) -> jax.Array:
-        padding = max(0, _MIN_ROWS - x.shape[0])
-        y = jax.lax.dot_general(
-            jnp.pad(x, ((0, padding), (0, 0))), weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32,
-            out_sharding=out_sharding, precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None)
-        return y[:x.shape[0]].astype(x.dtype)
+    def product(x: jax.Array, weight: jax.Array, out_sharding: NamedSharding | None = out_sharding) -> jax.Array:
+        return jax.lax.dot_general(
+            x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32, out_sharding=out_sharding,
+            precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None)
+
+    def default(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return product(x, weight).astype(x.dtype)
+
+    def weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
+        # XLA:CPU (YNNPACK) rearranges the right operand before it multiplies, which for a weight takes two thirds of
+        # the time; the left one it reads as it lies. Fewer than 16 columns on the right get a slower inner loop (jax
+        # 0.12) or a very slow one (a single column). The barrier keeps XLA from swapping the operands back.
+        y = product(weight, jnp.pad(x, ((0, -x.shape[0] % _LANES), (0, 0))), _transposed(out_sharding))
+        return jax.lax.optimization_barrier(y)[:, :x.shape[0]].T.astype(x.dtype)
 
     def weighted_sum(x: jax.Array, weight: jax.Array) -> jax.Array:
         # Left to itself, XLA:CPU works x out again for every output, or writes a copy of it for each to memory that
-        # several weights share. The barrier prevents it, and in jax 0.10 that x is rounded to what it is already.
+        # several weights share; the barrier prevents it.
         x, weight = jax.lax.optimization_barrier((x, weight))
-        wide = jax.lax.reduce_precision(x.astype(jnp.float32), jnp.finfo(x.dtype).nexp, jnp.finfo(x.dtype).nmant)
-        return jnp.sum(weight.astype(jnp.float32) * wide, axis=1)[None].astype(x.dtype)
+        return jnp.sum(weight * x, axis=1)[None]
 
-    if x.shape[0] > 1 or tied:  # jax 0.10 widens a table once for both its uses, and writes that out
-        return product(x, weight)
-    # XLA:CPU rearranges a weight before it multiplies; for a single row that takes longer than all else.
-    return jax.lax.platform_dependent(x, weight, cpu=weighted_sum, default=product)
+    rows_are_cut = any(jax.typeof(x).sharding.spec[:1])  # then they can be neither padded nor taken apart
+    if x.dtype == jnp.bfloat16 and x.shape[0] <= _MAX_ROWS_BEHIND_WEIGHT and not rows_are_cut:
+        return jax.lax.platform_dependent(x, weight, cpu=weight_first, default=default)
+    if x.dtype == jnp.float32 and x.shape[0] == 1:
+        return jax.lax.platform_dependent(x, weight, cpu=weighted_sum, default=default)
+    return default(x, weight)
+
+
+def _transposed(sharding: NamedSharding | None) -> NamedSharding | None:
+    return None if sharding is None else NamedSharding(sharding.mesh, jax.P(*reversed(sharding.spec)))
 
 
 class ColumnParallelLinear(Module):
@@ -79,7 +92,7 @@ class ColumnParallelLinear(Module):
                  has_bias: bool = False, out_axis: str = "mlp", gather_output: bool = False,
                  tied_weight: nnx.Param | None = None, rules: ShardingRules = ShardingRules()):
         mesh = as_mesh(devices)
-        self.out_dim, self.gather_output, self.tied = out_dim, gather_output, tied_weight is not None
+        self.out_dim, self.gather_output = out_dim, gather_output
         shards = rules.shards(mesh, out_axis)
         rows = -(-out_dim // shards) * shards if gather_output else out_dim
         if tied_weight is None:
@@ -97,7 +110,7 @@ class ColumnParallelLinear(Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[T, in_dim] -> [T, out_dim]`."""
-        y = matmul(x, self.weight.get_value(), tied=self.tied)
+        y = matmul(x, self.weight.get_value())
         if self.bias is not None:
             y = y + self.bias.get_value()
         return jax.reshard(y, on_mesh_of(y, None, None))[:, :self.out_dim] if self.gather_output else y
