@@ -87,7 +87,7 @@ class MosaicGpu:
         K, S = cache.pages.shape[1], len(cache_lengths)
         group = N // K
         plan = _Plan.make(H, cache.pages.shape[2], cache.pages.dtype, q.dtype, self.stages, decode=True)
-        q = q.at[row_offsets[:-1]].get(mode="clip").reshape(S, K, group, H)
+        dtype, q = q.dtype, q.at[row_offsets[:-1]].get(mode="clip").reshape(S, K, group, H)
         q = jnp.pad(plan.operand(q), ((0, 0), (0, 0), (0, -group % 8), (0, 0)))  # whole tiles of shared memory
         n_blocks = -(-WAVES * self.multiprocessors // K)
         items, owner, n_items = _cut_decode(plan, n_blocks, cache_lengths, row_offsets, window)
@@ -108,15 +108,18 @@ class MosaicGpu:
             def _():
                 plgpu.set_max_registers(plan.work_registers, action="increase")
                 # Workers take turns at blocks. A row is a query head of the group; those beyond it are not looked at.
-                shared.load_q(q.at[s, head], worker, rows=q.shape[2])
+                my_q = shared.load_q(q.at[s, head], 0, rows=q.shape[2], mine=worker == 0)
+                factor = to_scores[head]
 
                 def add(i, carry):
                     i = i * plan.workers + worker
-                    k, v = shared.wait(i, worker, cast=worker, together=False)
-                    j0 = span.position(i)
-                    j = j0 + plgpu.broadcasted_iota(jnp.int32, (ROWS, plan.block), 1, layout=WGMMA)
-                    carry = shared.add(carry, worker, k, v, to_scores[head], soft_cap,
-                                       span.is_ragged(i), (j >= span.start) & (j < span.stop))  # fmt: skip
+                    k, v = shared.wait(i, worker, cast=worker)
+
+                    def seen():
+                        j = span.position(i) + _iota(1, (ROWS, plan.block))
+                        return (j >= span.start) & (j < span.stop)
+
+                    carry = shared.add(carry, worker, my_q, k, v, factor, soft_cap, span.is_ragged(i), seen)
                     shared.release(i)
                     return carry
 
@@ -142,7 +145,7 @@ class MosaicGpu:
             o_smem=plgpu.SMEM((plan.workers, ROWS, plan.columns), jnp.float32),
             ml_smem=plgpu.SMEM((plan.workers, 2, ROWS), jnp.float32),
         )(items, *cache[:4], q)  # fmt: skip
-        return _combine(o, m, l, cache.v_scale, sinks, owner, n_items, S).astype(q.dtype)
+        return _combine(o, m, l, cache.v_scale, sinks, owner, n_items, S).astype(dtype)
 
     def _prefill(self, q, cache, cache_lengths, row_offsets, sinks, window, soft_cap):
         """Attention of the sequences that have several new tokens -> [T, N, H]; other tokens' rows have no meaning."""
@@ -176,18 +179,22 @@ class MosaicGpu:
                 plgpu.set_max_registers(plan.work_registers, action="increase")
                 my_head, shift = (head + worker, 0) if heads > 1 else (head, worker * ROWS)
                 my_row, my_position = row + shift, position + shift
-                shared.load_q(q.at[pl.ds(my_row, ROWS), my_head], worker, rows=ROWS)
+                my_q = shared.load_q(q.at[pl.ds(my_row, ROWS), my_head], worker, rows=ROWS)
+                factor = to_scores[kv_head]
 
                 def add(i, carry):
-                    k, v = shared.wait(i, worker, cast=lax.rem(i, jnp.int32(plan.casts)), together=True)
+                    k, v = shared.wait(i, worker, cast=lax.rem(i, jnp.int32(plan.workers)))
                     j0 = span.position(i)
-                    at = my_position + plgpu.broadcasted_iota(jnp.int32, (ROWS, plan.block), 0, layout=WGMMA)
-                    j = j0 + plgpu.broadcasted_iota(jnp.int32, (ROWS, plan.block), 1, layout=WGMMA)
-                    masked, seen = j0 + plan.block - 1 > my_position, j <= at
+                    masked = j0 + plan.block - 1 > my_position
                     if window is not None:
                         masked |= j0 <= my_position + ROWS - 1 - window
-                        seen &= j > at - window
-                    carry = shared.add(carry, worker, k, v, to_scores[kv_head], soft_cap, masked, seen)
+
+                    def seen():
+                        at = my_position + _iota(0, (ROWS, plan.block))
+                        j = j0 + _iota(1, (ROWS, plan.block))
+                        return (j <= at) if window is None else (j <= at) & (j > at - window)
+
+                    carry = shared.add(carry, worker, my_q, k, v, factor, soft_cap, masked, seen)
                     shared.release(i)
                     return carry
 
@@ -321,9 +328,9 @@ class _Plan:
         return self.page_dtype.itemsize == 1
 
     @property
-    def casts(self):
-        """Buffers of widened blocks: so many that a worker fills one while none reads it."""
-        return self.workers if self.narrow else 0
+    def together(self):
+        """Workers that read the same block. Decoding they take turns at blocks, with the same queries."""
+        return 1 if self.decode else self.workers
 
     @property
     def work_registers(self):
@@ -338,10 +345,10 @@ class _Plan:
 
     @property
     def _fixed_bytes(self):
-        q = self.workers * ROWS * self.head_dim * 2
-        cast = self.casts * self.block * 2 * self.head_dim * 2
-        staging = self.workers * ROWS * -(-self.columns // 64) * 64 * (4 if self.decode else 2)
-        return q + cast + staging
+        q = self.together * ROWS * self.head_dim * 2
+        casts = self.workers * self.block * 2 * self.head_dim * 2 if self.narrow else 0
+        staging = self.workers * ROWS * (4 * (self.columns + 2) if self.decode else -(-self.columns // 64) * 128)
+        return q + casts + staging
 
     def _swizzle(self, dtype):
         """Bytes: the widest swizzle whose tiles divide a head, or None."""
@@ -361,19 +368,19 @@ class _Plan:
 
     def scratch(self, interpreted):
         """The shared memory and the barriers that `_Shared` takes."""
-        together = 1 if self.decode else self.workers  # that read the same block
         kv, tiles = (self.block, 2 * self.head_dim), self._tiles(self.dtype)
         scratch = dict(
             ring=plgpu.SMEM((self.stages, *kv), self.page_dtype, transforms=self._tiles(self.page_dtype)),
-            q_smem=plgpu.SMEM((self.workers, ROWS, self.head_dim), self.dtype, transforms=tiles),
+            q_smem=plgpu.SMEM((self.together, ROWS, self.head_dim), self.dtype, transforms=tiles),
             loaded=plgpu.Barrier(num_arrivals=self.block // self.copy_tokens, num_barriers=self.stages),
-            free=plgpu.Barrier(num_arrivals=together, num_barriers=self.stages),
-            q_loaded=plgpu.Barrier(num_barriers=self.workers),
+            free=plgpu.Barrier(num_arrivals=self.together, num_barriers=self.stages),
+            q_loaded=plgpu.Barrier(num_barriers=self.together),
         )
         if self.narrow:
-            scratch["casts"] = plgpu.SMEM((self.casts, *kv), self.dtype, transforms=tiles)
-        if together > 1:
-            scratch["met"] = plgpu.Barrier(num_arrivals=together)
+            # So many that a worker fills one while none reads it.
+            scratch["casts"] = plgpu.SMEM((self.workers, *kv), self.dtype, transforms=tiles)
+        if self.together > 1:
+            scratch["met"] = plgpu.Barrier(num_arrivals=self.together)
         if interpreted:
             scratch["p_smem"] = plgpu.SMEM((self.workers, ROWS, self.block), self.dtype)
         return scratch
@@ -401,49 +408,57 @@ class _Shared:
         oldest, newest = (lax.div(j, jnp.int32(plan.page_size)) for j in (span.start, span.stop - 1))
         lanes = pl.ds(0, 2 * plan.head_dim)
 
-        def sources(i):
-            """(row, first slot) of each copy of the i-th block. Those that nobody needs repeat one that is."""
-            found = []
-            for part in range(plan.block // size):
-                c = (span.first + i) * (plan.block // size) + part
-                page = jnp.clip(lax.div(c, jnp.int32(in_page)), oldest, newest)
-                found.append((first_page + table[s, page], lax.rem(c, jnp.int32(in_page)) * size))
-            return tuple(found)
+        def rows(i):
+            """The page row of each copy of the i-th block. Copies that nobody needs repeat a page that is needed."""
+            copies = [(span.first + i) * (plan.block // size) + part for part in range(plan.block // size)]
+            page = [jnp.clip(lax.div(c, jnp.int32(in_page)), oldest, newest) for c in copies]
+            return tuple(first_page + table[s, p] for p in page)
 
         def copy(i, these):
-            following = sources(i + 1)  # read ahead: the copies would wait for the table otherwise
+            following = rows(i + 1)  # read ahead: the copies would wait for the table otherwise
             slot = lax.rem(i, jnp.int32(plan.stages))
 
             @pl.when(i >= plan.stages)
             def _():
                 plgpu.barrier_wait(self.free.at[slot])
 
-            for part, (row, begin) in enumerate(these):
+            for part, row in enumerate(these):
+                c = (span.first + i) * (plan.block // size) + part
                 plgpu.copy_gmem_to_smem(
-                    pages.at[row, head, pl.ds(begin, size), lanes],
+                    pages.at[row, head, pl.ds(lax.rem(c, jnp.int32(in_page)) * size, size), lanes],
                     self.ring.at[slot, pl.ds(part * size, size)],
                     self.loaded.at[slot],
                 )
             return following
 
-        lax.fori_loop(0, span.n, copy, sources(0))
+        lax.fori_loop(0, span.n, copy, rows(0))
 
-    def load_q(self, q, worker, rows):
-        """Copies a worker's queries [rows, H] into shared memory."""
-        plgpu.copy_gmem_to_smem(q, self.q_smem.at[worker, pl.ds(0, rows)], self.q_loaded.at[worker])
-        plgpu.barrier_wait(self.q_loaded.at[worker])
+    def load_q(self, q, i, rows, mine=True):
+        """Waits for queries [rows, H] in the i-th place, and copies them there where that is this worker's part."""
+        place = self.q_smem.at[i]
 
-    def wait(self, i, worker, cast, together):
-        """K and V of the i-th block, ready to be multiplied: zeros stand for what does not count, NaN perhaps.
+        @pl.when(mine)
+        def _():
+            plgpu.copy_gmem_to_smem(q, place.at[pl.ds(0, rows)], self.q_loaded.at[i])
 
-        Workers that read the same block (together) share that work, and wait for each other.
+        plgpu.barrier_wait(self.q_loaded.at[i])
+        return place
+
+    def wait(self, i, worker, cast):
+        """K and V of the i-th block, ready to be multiplied: zeros stand for values that do not count, NaN perhaps.
+
+        Workers that read the same block share the work, and wait for each other.
         """
-        plan = self.plan
-        H = plan.head_dim
-        together = together and plan.workers > 1
+        plan, span = self.plan, self.span
+        together = plan.together > 1
         slot = lax.rem(i, jnp.int32(plan.stages))
         plgpu.barrier_wait(self.loaded.at[slot])
         kv = self.ring.at[slot]
+        keys, values = pl.ds(0, plan.head_dim), pl.ds(plan.head_dim, plan.head_dim)
+
+        def blank(x, layout):
+            j = span.position(i) + _iota(0, x.shape, layout)
+            return jnp.where((j >= span.start) & (j < span.stop), x, 0)
 
         def meet():
             plgpu.commit_smem()
@@ -451,45 +466,40 @@ class _Shared:
                 plgpu.barrier_arrive(self.met)
                 plgpu.barrier_wait(self.met)
 
-        def counts(width, layout):
-            j = self.span.position(i) + plgpu.broadcasted_iota(jnp.int32, (plan.block, width), 0, layout=layout)
-            return (j >= self.span.start) & (j < self.span.stop)
-
         if plan.narrow:
             layout = plgpu.Layout.WGMMA_UPCAST_2X
-            wide = self.casts.at[cast]
-            for half in (0, 1):
-                lanes = pl.ds(half * H, H)
 
-                def widen(lanes=lanes):
-                    x = plgpu.load(kv.at[:, lanes], optimized=plan._swizzle(plan.page_dtype) is not None)
-                    x = plgpu.layout_cast(x, layout).astype(plan.dtype)
-                    wide.at[:, lanes][...] = jnp.where(counts(H, layout), x, 0)
+            def widen(lanes):
+                x = plgpu.load(kv.at[:, lanes], optimized=plan._swizzle(plan.page_dtype) is not None)
+                x = plgpu.layout_cast(x, layout).astype(plan.dtype)
+                if lanes is values:
+                    x = lax.cond(span.is_ragged(i), lambda x: blank(x, layout), lambda x: x, x)
+                self.casts.at[cast, :, lanes][...] = x
 
-                pl.when(worker == half)(widen) if together else widen()
+            for part, lanes in enumerate((keys, values)):
+                pl.when(worker == part if together else True)(functools.partial(widen, lanes))
             meet()
             plgpu.barrier_arrive(self.free.at[slot])
-            kv = wide
+            kv = self.casts.at[cast]
         else:
 
-            @pl.when(self.span.is_ragged(i))
+            @pl.when(span.is_ragged(i))
             def _():
-                @pl.when((worker == 0) | (not together))
+                @pl.when(worker == 0 if together else True)
                 def _():
-                    v = kv.at[:, pl.ds(H, H)]
-                    v[...] = jnp.where(counts(H, WGMMA), v[...], 0)
+                    kv.at[:, values][...] = blank(kv[:, values], WGMMA)
 
                 meet()
 
-        return kv.at[:, pl.ds(0, H)], kv.at[:, pl.ds(H, H)]
+        return kv.at[:, keys], kv.at[:, values]
 
     def release(self, i):
         """Gives the i-th block's place back. (A widened block's place was given back at once.)"""
         if not self.plan.narrow:
             plgpu.barrier_arrive(self.free.at[lax.rem(i, jnp.int32(self.plan.stages))])
 
-    def add(self, carry, worker, k, v, to_scores, soft_cap, masked, seen):
-        """The softmax so far (see `_Plan.nothing`), with a block added: where masked, those of its scores seen."""
+    def add(self, carry, worker, q, k, v, factor, soft_cap, masked, seen):
+        """The softmax so far (see `_Plan.nothing`), with a block added: where masked, only scores that seen() has."""
         plan = self.plan
         m, l, acc = carry
 
@@ -500,11 +510,11 @@ class _Shared:
 
             return pl.run_scoped(multiply, plgpu.ACC((ROWS, b.shape[1]), jnp.float32))
 
-        scores = product(self.q_smem.at[worker], k.transpose((1, 0))) * to_scores
+        scores = product(q, k.transpose((1, 0))) * factor
         if soft_cap is not None:
             # tanh(x) = 1 - 2 / (1 + exp(2 x)): the hardware's own tanh has eleven bits
             scores = soft_cap * LOG2E - 2 * soft_cap * LOG2E / (1 + jnp.exp2(scores))
-        scores = lax.cond(masked, lambda x: jnp.where(seen, x, NO_SCORE), lambda x: x, scores)
+        scores = lax.cond(masked, lambda x: jnp.where(seen(), x, NO_SCORE), lambda x: x, scores)
         m_next = jnp.maximum(m, scores.max(axis=1))
         p = jnp.exp2(scores - lax.broadcast_in_dim(m_next, scores.shape, [0]))
         shrink = jnp.exp2(m - m_next)
@@ -519,6 +529,10 @@ class _Shared:
             for columns, x in zip(plan.chunks, acc, strict=True)
         )
         return m_next, l, acc
+
+
+def _iota(dimension, shape, layout=WGMMA):
+    return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=layout)
 
 
 def _store(ref, x):
@@ -582,15 +596,18 @@ def _combine(o, m, l, v_scale, sinks, owner, n_items, S):
     """
     n, workers, K, G, H = o.shape
     N = K * G
-    valid = (jnp.arange(n) < n_items)[:, None]
-    o = jnp.where(valid[..., None, None], o.reshape(n, workers, N, H), 0).reshape(-1, N, H)
-    m, l = (x[..., :G].reshape(n, workers * N) for x in (m, l))
-    m, l = jnp.where(valid, m, NO_SCORE).reshape(-1, N), jnp.where(valid, l, 0).reshape(-1, N)
-    own = (jnp.arange(S)[:, None] == jnp.repeat(owner, workers))[..., None]  # [S, items, 1]
-    largest = jnp.maximum(jnp.where(own, m, NO_SCORE).max(axis=1), sinks)  # [S, N]
-    weight = jnp.where(own, jnp.exp2(m - largest[:, None]), 0)
-    total = (weight * l).sum(axis=1) + jnp.exp2(sinks - largest)
-    return jnp.einsum("sin,inh->snh", weight, o) * (jnp.repeat(v_scale, G) / total)[..., None]
+    o = o.reshape(n * workers, N, H)
+    m, l = (x[..., :G].reshape(n * workers, N) for x in (m, l))
+    owner = jnp.repeat(owner, workers)
+    item = jnp.arange(n * workers)[:, None] < n_items * workers
+    own = (jnp.arange(S)[:, None] == owner) & item[:, 0]  # [S, items]
+    largest = jnp.maximum(jnp.where(own[..., None], m, NO_SCORE).max(axis=1), sinks)  # [S, N]
+    weight = jnp.where(item, jnp.exp2(m - largest[owner]), 0)
+    own = own.astype(jnp.float32)
+    total = own @ jnp.where(item, weight * l, 0) + jnp.exp2(sinks - largest)
+    # What stands in the place of an item that is not there may be NaN.
+    o = jnp.einsum("si,inh->snh", own, jnp.where(item[..., None], weight[..., None] * o, 0))
+    return o * (jnp.repeat(v_scale, G) / total)[..., None]
 
 
 def _check(q, pages):
