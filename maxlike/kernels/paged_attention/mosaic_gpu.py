@@ -203,24 +203,24 @@ class MosaicGpu:
                 staged = o_smem.at[worker]
                 begin, stop = jnp.maximum(first - my_row, 0), jnp.minimum(end - my_row, ROWS)
                 all_mine = (begin == 0) & (stop == ROWS) & whole_rows
+
+                def store_whole(columns):
+                    plgpu.copy_smem_to_gmem(staged, out.at[pl.ds(my_row, ROWS), my_head, columns])
+
+                def store_rows(columns):  # other rows are another tile's
+                    @pl.loop(begin, stop)
+                    def _(i):
+                        plgpu.copy_smem_to_gmem(
+                            staged.at[i, pl.ds(0, plan.columns)], out.at[my_row + i, my_head, columns]
+                        )
+
                 for columns, x in zip(plan.chunks, acc, strict=True):
                     x *= lax.broadcast_in_dim(weight, x.shape, [0])
                     _store(staged.at[:, pl.ds(0, plan.columns)], x.astype(dtype))
                     plgpu.commit_smem()
-
                     if whole_rows:
-
-                        @pl.when(all_mine)
-                        def _(columns=columns):
-                            plgpu.copy_smem_to_gmem(staged, out.at[pl.ds(my_row, ROWS), my_head, columns])
-
-                    @pl.when(~all_mine)
-                    def _(columns=columns):
-                        @pl.loop(begin, stop)
-                        def _(i):
-                            row = staged.at[i, pl.ds(0, plan.columns)]
-                            plgpu.copy_smem_to_gmem(row, out.at[my_row + i, my_head, columns])
-
+                        pl.when(all_mine)(functools.partial(store_whole, columns))
+                    pl.when(~all_mine)(functools.partial(store_rows, columns))
                     plgpu.wait_smem_to_gmem(0)
 
         return self._kernel(
@@ -467,10 +467,10 @@ class _Shared:
                 plgpu.barrier_wait(self.met)
 
         if plan.narrow:
-            layout = plgpu.Layout.WGMMA_UPCAST_2X
+            layout, tiled = plgpu.Layout.WGMMA_UPCAST_2X, plan._swizzle(plan.page_dtype) is not None
 
             def widen(lanes):
-                x = plgpu.load(kv.at[:, lanes], optimized=plan._swizzle(plan.page_dtype) is not None)
+                x = plgpu.load(kv.at[:, lanes], optimized=tiled)  # type: ignore[call-arg]  # since 0.11 without an index
                 x = plgpu.layout_cast(x, layout).astype(plan.dtype)
                 if lanes is values:
                     x = lax.cond(span.is_ragged(i), lambda x: blank(x, layout), lambda x: x, x)

@@ -90,7 +90,8 @@ def test_the_cache_is_written_in_place_and_read_as_it_is():
     case = in_bfloat16(Case("in_place", ((40, 1), (0, 33))))
     spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_inputs(case))
     step = jax.jit(ragged_paged_attention, static_argnames=STATIC, donate_argnames="pages")
-    text = step.trace(**spec, **case.options(), implementation=MosaicGpu()).lower(lowering_platforms=("cuda",)).as_text()
+    traced = step.trace(**spec, **case.options(), implementation=MosaicGpu())
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
     cache = "x".join(map(str, spec["pages"].shape)) + "xbf16"
     makers = {line.split(" = ")[1].split("(")[0].strip('" ') for line in text.splitlines()
               if " = " in line and line.rstrip().endswith(f"tensor<{cache}>")}  # fmt: skip
