@@ -633,4 +633,4 @@ def _check(q, pages):
     if W * pages.dtype.itemsize % 16:
         says.append(f"slots of {W} lanes of {pages.dtype}: it takes multiples of 16 bytes")
     if says:
-        raise ValueError(f"MosaicGpu() cannot do {'; '.join(says)}. Pass implementation=Xla()")
+        raise ValueError(f"MosaicGpu() cannot do this: {'; '.join(says)}. Pass implementation=Xla()")
