@@ -1,4 +1,50 @@
-"""Ragged paged attention for Hopper GPUs (sm_90a), in Pallas Mosaic GPU."""
+"""Ragged paged attention for Hopper GPUs (sm_90a), in Pallas Mosaic GPU.
+
+Two floors. Decoding, every byte of K and V is read once: 3.35 TB/s on an H100, 4.8 on an H200, against G
+operations a byte in bfloat16 for groups of G query heads. Products have 64 rows, whatever G is: that costs nothing yet,
+since 64 operations a byte are a fifth of what the tensor cores do in that time. Prefilling, 4 * H operations for each
+query head and pair of positions, at 989 TFLOP/s; and for each such pair an exp2, of which a multiprocessor does 16 a
+cycle. At head width 128 a block's exp2 take half as long as its products, and hide behind another warpgroup's.
+
+Who does what. A thread block has two warpgroups that multiply (workers), and one that does nothing but copy blocks of K
+and V from the pages to a ring in shared memory (TMA), as far ahead as the ring is long. Barriers of the ring's places
+are all that ties them: `loaded` when a block has come, `free` when its readers are done. The fetching warpgroup reads
+the page table one block ahead of its copies, so that they do not wait for it. Pages that neither the causal mask nor
+the window lets a thread block see are never fetched; in a block that is only partly seen, copies that nobody needs
+repeat a page that is needed, so that no wild entry of the table is followed. The slots that do not count are then
+hidden in the scores, and their values set to zero in shared memory: they may hold NaN, which zero weights do not hide.
+  decode   a row of the product is a query head of the group, up to 64. What a sequence sees is cut into items, so that
+           there are about four thread blocks a multiprocessor; workers take the blocks of an item in turn, each with a
+           softmax of its own. `_combine` joins them in XLA, as one product with a matrix of ones and zeros: it reads
+           them once and always sums in one order, which atomics would not.
+  prefill  a row is a token. The workers have two heads of the group and the same 64 tokens; where the group is odd,
+           one head and 64 tokens each. They share each block. Tiles that end within 64 rows store theirs row by row.
+A chunk of few tokens after a long cache is not cut along the cache: it fills only N / 2 thread blocks for 64 tokens.
+
+The cache's layout suits both: K and V of a page and head are consecutive, so one copy brings page_size slots, K as the
+transposed and V as the plain second operand of wgmma, in the swizzle that wgmma wants and TMA makes. The step's K and V
+are written before, by an XLA scatter: it is in place in a donated cache (compiled for an H100 there is no copy of the
+cache), and one fused kernel with what joins K and V. A write inside the kernels would have to come before the reads of
+other thread blocks, which have no order; as it is they only read.
+
+8-bit caches are widened by the workers from the ring to a second buffer, int8 to bfloat16 and float8_e4m3fn to float16,
+both exactly; scales meet scores and outputs in float32. float32 is refused: the tensor cores multiply it as tfloat32,
+of 11 bits. CUDA 12.8 to 12.9.0 has a ptxas known to miscompile causal masks in this kind of kernel; use 12.9.1 or 13.
+
+KiB of shared memory (of 227) as q + staged outputs + widened blocks + stages, for a cache of 16 and one of 8 bits, and
+the registers of a worker's thread (of 232) as outputs + products with V + scores + weights:
+
+  head width       64                  80                  96                  128                 256
+  decode, 16 bit   8+33+0+8*16         10+41+0+8*20        12+49+0+6*24        16+33+0+5*32        32+33+0+2*64
+  decode, 8 bit    8+33+32+8*8         10+41+40+8*10       12+49+48+8*12       16+33+64+6*16       32+17+64+3*32
+  registers        32+32+32+16         40+40+32+16         48+48+32+16         64+32+32+16         128+32+32+16
+  prefill, 16 bit  16+16+0+6*32        20+32+0+8*20        24+32+0+7*24        32+32+0+5*32        64+16+0+2*64
+  prefill, 8 bit   16+16+64+8*16       20+32+40+8*10       24+32+48+8*12       32+32+64+6*16       32+8+64+3*32
+  registers        32+32+64+32         40+40+32+16         48+48+32+16         64+64+32+16         128+32+32+16
+
+At width 256 an 8-bit cache leaves room for one worker. Compiled for an H100 by ptxas 13.5 nothing is spilled up to
+width 128; at 192 and 256 some hundred bytes are. Nothing here has been timed on a GPU yet.
+"""
 
 import dataclasses
 import functools
@@ -92,7 +138,7 @@ class MosaicGpu:
         n_blocks = -(-WAVES * self.multiprocessors // K)
         items, owner, n_items = _cut_decode(plan, n_blocks, cache_lengths, row_offsets, window)
 
-        def body(items, pages, table, first_page, to_scores, q, o, m, l, *, o_smem, ml_smem, **scratch):
+        def paged_decode(items, pages, table, first_page, to_scores, q, o, m, l, *, o_smem, ml_smem, **scratch):
             index, worker = lax.axis_index("block"), lax.axis_index("worker")
             item, head = lax.div(index, jnp.int32(K)), lax.rem(index, jnp.int32(K))
             s, *numbers = (items[item, f] for f in range(5))
@@ -140,7 +186,7 @@ class MosaicGpu:
         parts = len(items), plan.workers, K
         f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
         o, m, l = self._kernel(
-            body, plan, len(items) * K,
+            paged_decode, plan, len(items) * K,
             (f32((*parts, group, H)), f32((*parts, ROWS)), f32((*parts, ROWS))),
             o_smem=plgpu.SMEM((plan.workers, ROWS, plan.columns), jnp.float32),
             ml_smem=plgpu.SMEM((plan.workers, 2, ROWS), jnp.float32),
@@ -159,7 +205,7 @@ class MosaicGpu:
         n_tiles, n_blocks = len(tiles), N // heads
         whole_rows = plan.columns % 64 == 0  # staged rows begin at multiples of 128 bytes, as copies need it
 
-        def body(items, pages, table, first_page, to_scores, v_scale, sinks, q, out, *, o_smem, **scratch):
+        def paged_prefill(items, pages, table, first_page, to_scores, v_scale, sinks, q, out, *, o_smem, **scratch):
             index, worker = lax.axis_index("block"), lax.axis_index("worker")
             # The last tiles of a sequence see most: they begin first.
             tile = n_tiles - 1 - lax.div(index, jnp.int32(n_blocks))
@@ -224,7 +270,7 @@ class MosaicGpu:
                     plgpu.wait_smem_to_gmem(0)
 
         return self._kernel(
-            body, plan, n_tiles * n_blocks, jax.ShapeDtypeStruct((T, N, H), dtype),
+            paged_prefill, plan, n_tiles * n_blocks, jax.ShapeDtypeStruct((T, N, H), dtype),
             o_smem=plgpu.SMEM((plan.workers, ROWS, -(-plan.columns // 64) * 64), dtype),
         )(tiles, *cache, sinks, q)  # fmt: skip
 
