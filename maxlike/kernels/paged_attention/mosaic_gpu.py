@@ -32,18 +32,18 @@ both exactly; scales meet scores and outputs in float32. float32 is refused: the
 of 11 bits. CUDA 12.8 to 12.9.0 has a ptxas known to miscompile causal masks in this kind of kernel; use 12.9.1 or 13.
 
 KiB of shared memory (of 227) as q + staged outputs + widened blocks + stages, for a cache of 16 and one of 8 bits, and
-the registers of a worker's thread (of 232) as outputs + products with V + scores + weights:
+the registers of a worker's thread (of 232) as outputs + scores + weights:
 
   head width       64                  80                  96                  128                 256
   decode, 16 bit   8+33+0+8*16         10+41+0+8*20        12+49+0+6*24        16+33+0+5*32        32+33+0+2*64
   decode, 8 bit    8+33+32+8*8         10+41+40+8*10       12+49+48+8*12       16+33+64+6*16       32+17+64+3*32
-  registers        32+32+32+16         40+40+32+16         48+48+32+16         64+32+32+16         128+32+32+16
+  registers        32+32+16            40+32+16            48+32+16            64+32+16            128+32+16
   prefill, 16 bit  16+16+0+6*32        20+32+0+8*20        24+32+0+7*24        32+32+0+5*32        64+16+0+2*64
   prefill, 8 bit   16+16+64+8*16       20+32+40+8*10       24+32+48+8*12       32+32+64+6*16       32+8+64+3*32
-  registers        32+32+64+32         40+40+32+16         48+48+32+16         64+64+32+16         128+32+32+16
+  registers        32+64+32            40+32+16            48+32+16            64+32+16            128+32+16
 
-At width 256 an 8-bit cache leaves room for one worker. Compiled for an H100 by ptxas 13.5 nothing is spilled up to
-width 128; at 192 and 256 some hundred bytes are. Nothing here has been timed on a GPU yet.
+At width 256 an 8-bit cache leaves room for one worker. Compiled for an H100 by ptxas 13.5 nothing is spilled, but for up
+to 200 bytes at the widths 192 and 256 with an 8-bit cache. Nothing here has been timed on a GPU yet.
 """
 
 import dataclasses
@@ -354,7 +354,7 @@ class _Plan:
 
     @property
     def columns(self):
-        """Of V that are multiplied at a time: what a wide head's output leaves of the registers."""
+        """Of V that are multiplied at a time, and of the output that are staged at a time."""
         tile = self._swizzle(self.dtype) // 2
         return self.head_dim if self.head_dim <= (64 if self.decode and tile == 64 else 128) else tile
 
@@ -362,6 +362,13 @@ class _Plan:
     def chunks(self):
         """The columns of V, taken apart so."""
         return [pl.ds(c, self.columns) for c in range(0, self.head_dim, self.columns)]
+
+    def lanes(self, half):
+        """Of the keys (half 0) or the values (1) of a slot, those that are in registers at a time."""
+        H, width = self.head_dim, self.head_dim
+        if H > 128:  # whole tiles of both dtypes
+            width = max(self._swizzle(dtype) // dtype.itemsize for dtype in (self.dtype, self.page_dtype))
+        return [pl.ds(half * H + c, width) for c in range(0, H, width)]
 
     @property
     def copy_tokens(self):
@@ -409,7 +416,7 @@ class _Plan:
     def operand(self, q):
         """q as the matrix products take it."""
         if self.dtype == jnp.float16:  # bfloat16 reaches further: the largest, and no infinity
-            q = jnp.clip(q, -65504, 65504)
+            q = jnp.clip(q.astype(jnp.float32), -65504, 65504)
         return q.astype(self.dtype)
 
     def scratch(self, interpreted):
@@ -500,7 +507,6 @@ class _Shared:
         slot = lax.rem(i, jnp.int32(plan.stages))
         plgpu.barrier_wait(self.loaded.at[slot])
         kv = self.ring.at[slot]
-        keys, values = pl.ds(0, plan.head_dim), pl.ds(plan.head_dim, plan.head_dim)
 
         def blank(x, layout):
             j = span.position(i) + _iota(0, x.shape, layout)
@@ -515,15 +521,16 @@ class _Shared:
         if plan.narrow:
             layout, tiled = plgpu.Layout.WGMMA_UPCAST_2X, plan._swizzle(plan.page_dtype) is not None
 
-            def widen(lanes):
-                x = plgpu.load(kv.at[:, lanes], optimized=tiled)  # type: ignore[call-arg]  # since 0.11 without an index
-                x = plgpu.layout_cast(x, layout).astype(plan.dtype)
-                if lanes is values:
-                    x = lax.cond(span.is_ragged(i), lambda x: blank(x, layout), lambda x: x, x)
-                self.casts.at[cast, :, lanes][...] = x
+            def widen(half):
+                for lanes in plan.lanes(half):
+                    x = plgpu.load(kv.at[:, lanes], optimized=tiled)  # type: ignore[call-arg]  # 0.10 wants an index
+                    x = plgpu.layout_cast(x, layout).astype(plan.dtype)
+                    if half == 1:
+                        x = lax.cond(span.is_ragged(i), lambda x: blank(x, layout), lambda x: x, x)
+                    self.casts.at[cast, :, lanes][...] = x
 
-            for part, lanes in enumerate((keys, values)):
-                pl.when(worker == part if together else True)(functools.partial(widen, lanes))
+            for half in (0, 1):
+                pl.when(worker == half if together else True)(functools.partial(widen, half))
             meet()
             plgpu.barrier_arrive(self.free.at[slot])
             kv = self.casts.at[cast]
@@ -533,11 +540,12 @@ class _Shared:
             def _():
                 @pl.when(worker == 0 if together else True)
                 def _():
-                    kv.at[:, values][...] = blank(kv[:, values], WGMMA)
+                    for lanes in plan.lanes(1):
+                        kv.at[:, lanes][...] = blank(kv[:, lanes], WGMMA)
 
                 meet()
 
-        return kv.at[:, keys], kv.at[:, values]
+        return kv.at[:, pl.ds(0, plan.head_dim)], kv.at[:, pl.ds(plan.head_dim, plan.head_dim)]
 
     def release(self, i):
         """Gives the i-th block's place back. (A widened block's place was given back at once.)"""
@@ -549,12 +557,15 @@ class _Shared:
         plan = self.plan
         m, l, acc = carry
 
-        def product(a, b):
+        def product(a, b, onto=None):
             def multiply(sum_ref):
                 plgpu.wgmma(sum_ref, a, b)
                 return sum_ref[...]
 
-            return pl.run_scoped(multiply, plgpu.ACC((ROWS, b.shape[1]), jnp.float32))
+            if onto is not None and self.p_smem is None:
+                return pl.run_state(lambda sum_ref: plgpu.wgmma(sum_ref, a, b))(plgpu.ACC.init(onto))
+            new = pl.run_scoped(multiply, plgpu.ACC((ROWS, b.shape[1]), jnp.float32))
+            return new if onto is None else onto + new
 
         scores = product(q, k.transpose((1, 0))) * factor
         if soft_cap is not None:
@@ -566,12 +577,12 @@ class _Shared:
         shrink = jnp.exp2(m - m_next)
         l = shrink * l + p.sum(axis=1)
         p = p.astype(plan.dtype)
-        if self.p_smem is not None:  # the interpreter multiplies from shared memory only
+        if self.p_smem is not None:  # the interpreter multiplies from shared memory only, and onto nothing
             self.p_smem.at[worker][...] = p
             plgpu.commit_smem()
             p = self.p_smem.at[worker]
         acc = tuple(
-            x * lax.broadcast_in_dim(shrink, x.shape, [0]) + product(p, v.at[:, columns])
+            product(p, v.at[:, columns], onto=x * lax.broadcast_in_dim(shrink, x.shape, [0]))
             for columns, x in zip(plan.chunks, acc, strict=True)
         )
         return m_next, l, acc

@@ -116,8 +116,7 @@ AT_ONCE = {
     "window_mixed",
     "page_32_three_kv_heads_exact",
     "bfloat16_head_width_256_page_256",
-    "sinks_window_and_cap",
-    "int8_bfloat16",
+    "int8_sinks_window_and_cap",
     "float8_lane_padding_decode",
 }
 
