@@ -42,8 +42,8 @@ the registers of a worker's thread (of 232) as outputs + scores + weights:
   prefill, 8 bit   16+16+64+8*16       20+32+40+8*10       24+32+48+8*12       32+32+64+6*16       32+8+64+3*32
   registers        32+64+32            40+32+16            48+32+16            64+32+16            128+32+16
 
-At width 256 an 8-bit cache leaves room for one worker. Compiled for an H100 by ptxas 13.5 nothing is spilled, but for up
-to 200 bytes at the widths 192 and 256 with an 8-bit cache. Nothing here has been timed on a GPU yet.
+At width 256 an 8-bit cache leaves room for one worker. Compiled for an H100 by ptxas 13.5 nothing is spilled, but up to
+200 bytes at the widths 192 and 256 with an 8-bit cache. Nothing here has been timed on a GPU yet.
 """
 
 import dataclasses
