@@ -18,6 +18,7 @@ import jax
 import maxlike
 from maxlike.engine.generate import Figures, check_prompt, generate
 from maxlike.engine.sampling import SamplingParams
+from maxlike.kernels.paged_attention import choose_implementation
 from maxlike.mesh import check_tensor_parallel_size
 from maxlike.models.build import compute_dtype, default_kv_params, mesh_for
 from maxlike.models.checkpoint import load_model
@@ -73,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest that "
                           "together reach probability P")
     generate.add_argument("--seed", type=int, default=0, help="of the draws")
+    generate.add_argument("--kv-cache-dtype", choices=["float32", "bfloat16", "int8", "float8_e4m3fn"],
+                          help="default: --dtype's, float32 on CPU. int8 needs scales in the checkpoint, "
+                          "float8_e4m3fn takes them where they are")
     generate.add_argument("--json", action="store_true", help="print one JSON object instead of text and figures")
     generate.set_defaults(run=_generate)
 
@@ -121,7 +125,7 @@ def _generate(args: argparse.Namespace) -> None:
     check_prompt(prompt, config.vocab_size, config.max_position_embeddings)  # before the weights, which take a while
 
     start = time.perf_counter()
-    model = load_model(config, folder, devices=mesh, dtype=args.dtype)
+    model = load_model(config, folder, devices=mesh, dtype=args.dtype, kv_cache_dtype=args.kv_cache_dtype)
     jax.block_until_ready(jax.tree.leaves(model))
     load_s = time.perf_counter() - start
     figures = Figures()
@@ -197,5 +201,7 @@ def _info(args: argparse.Namespace) -> None:
     print(f"weights     {dtype}")
     print(f"KV cache    {kv_params.dtype}, pages of "
           f"{kv_params.page_size} tokens, {kv_params.bytes_per_page(mesh)} bytes a page and device")
-    print("attention   xla (paged), xla blockwise (without a cache)")
+    implementation, why = choose_implementation(mesh.abstract_mesh.abstract_device)
+    print(f"attention   {type(implementation).__name__} (paged{f': {why}' if why else ''}), "
+          "blockwise in plain JAX (without a cache)")
     print(f"families    {', '.join(name for family in FAMILIES for name in family.model_types)}")

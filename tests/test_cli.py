@@ -24,6 +24,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import maxlike.cli
+from maxlike.kernels.paged_attention import Xla
 from tests.compilation_cache import compiling_once
 from tests.models.checkpoints import config_of, tensors_of, write
 
@@ -301,6 +302,28 @@ def test_ids_without_a_token_have_no_text(run: Run, folder: Path, copy: Path, to
     assert found["text"] == tokenizer.decode(known)
 
 
+def test_kv_cache_dtype(run: Run, folder: Path, copy: Path) -> None:
+    plain = run(*generate(folder, "--prompt-ids", IDS, "--json")).json["token_ids"]
+    for dtype in ("float32", "float8_e4m3fn"):
+        shown = run(*generate(folder, "--prompt-ids", IDS, "--json", "--kv-cache-dtype", dtype))
+        assert shown.code == 0 and len(shown.json["token_ids"]) == 20
+        assert (shown.json["token_ids"] == plain) == (dtype == "float32"), "float8 changed nothing"
+    refused = run(*generate(folder, "--prompt-ids", IDS, "--kv-cache-dtype", "int8"))
+    assert refused.code == 2 and "calibrate" in refused.err and refused.err.count("\n") == 1
+    refused = run(*generate(folder, "--prompt-ids", IDS, "--kv-cache-dtype", "int4"))
+    assert refused.code == 2 and "float8_e4m3fn" in refused.err
+    config = json.loads((copy / "config.json").read_text())
+    scales = {f"model.layers.0.self_attn.{x}_scale": np.float32([0.02]) for x in "kv"}
+    write(copy, config, tensors_of(config) | scales)
+    shown = run(*generate(copy, "--prompt-ids", IDS, "--json", "--kv-cache-dtype", "int8"))
+    assert shown.code == 0 and len(shown.json["token_ids"]) == 20
+
+
+def test_info_says_why_a_device_gets_no_kernel(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maxlike.cli, "choose_implementation", lambda device: (Xla(), f"of the {device.platform}"))
+    assert "attention   Xla (paged: of the cpu), blockwise" in run("info", "--model", folder, "--tp", 1).out
+
+
 def test_info(run: Run, folder: Path) -> None:
     shown = run("info", "--model", folder, "--dtype", "bfloat16")
     assert (shown.code, shown.err) == (0, "")
@@ -308,6 +331,7 @@ def test_info(run: Run, folder: Path) -> None:
                   "weights     bfloat16", "llama, mistral, qwen2, qwen3, gemma3_text, gemma3", maxlike.__version__,
                   jax.__version__):
         assert words in shown.out
+    assert "attention   Xla (paged), blockwise" in shown.out
     assert "model=2" in run("info", "--model", folder, "--tp", 2).out
     refused = run("info", "--model", folder, "--tp", 3)
     assert refused.code == 2 and "Legal sizes: 1, 2, 4, 8" in refused.err and refused.err.count("\n") == 1

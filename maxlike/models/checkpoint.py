@@ -15,19 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from maxlike.mesh import Devices
-from maxlike.models.build import build_model, mesh_for
+from maxlike.kernels.paged_attention import LARGEST
+from maxlike.mesh import Devices, ShardingRules
+from maxlike.models.build import build_model, compute_dtype, default_kv_params, mesh_for
 from maxlike.models.config import TransformerConfig
 from maxlike.models.family import Family, canonical_names, hf_name
 from maxlike.models.hub import resolve
+from maxlike.models.kv_scales import read_scales, scale_of, scale_tensors
 from maxlike.models.registry import family_of, parse_config, unparse_config
-from maxlike.models.safetensors import Checkpoint, CheckpointError, write_checkpoint
+from maxlike.models.safetensors import Checkpoint, CheckpointError, TensorSource, write_checkpoint
+from maxlike.nn.kv_cache import KVScales, as_cache_dtype
 from maxlike.nn.transformer.distributed_transformer import DistributedTransformer, ReturnLogits
 from maxlike.nn.transformer.segments import named_parameters
 
@@ -35,8 +39,8 @@ _CPU_ALIGNMENT = 64  # bytes; XLA:CPU adopts a host buffer so aligned instead of
 
 
 def load(model: str | os.PathLike[str], *, devices: Devices | None = None, dtype: DTypeLike | None = None,
-         use_subgraphs: bool | None = None,
-         return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN) -> DistributedTransformer:
+         use_subgraphs: bool | None = None, return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
+         kv_cache_dtype: DTypeLike | None = None, kv_scales: KVScales | None = None) -> DistributedTransformer:
     """A ready model from a Hugging Face checkpoint.
 
     Args:
@@ -45,28 +49,50 @@ def load(model: str | os.PathLike[str], *, devices: Devices | None = None, dtype
         dtype: of parameters and activations, float32 or bfloat16; `None`: the checkpoint's.
         use_subgraphs: scan groups of like layers; `None`: yes, but on CPU.
         return_logits: which rows of logits a call returns.
+        kv_cache_dtype: float32, bfloat16, float16, int8 or float8_e4m3fn; `None`: as `dtype`, float32 on CPU.
+        kv_scales: of an int8 or float8_e4m3fn cache; `None`: the checkpoint's. int8 needs the one or the other.
 
     Raises:
-        ValueError: no such folder or repository, an unsupported config, devices that do not fit; a
+        ValueError: no such folder or repository, an unsupported config, devices or a cache that do not fit; a
             `CheckpointError`, which is one, lists every tensor that is missing, unexpected, misshapen or damaged.
     """
     folder = resolve(model)
     config, _ = parse_config(folder)
     return load_model(config, folder, devices=devices, dtype=dtype, use_subgraphs=use_subgraphs,
-                      return_logits=return_logits)
+                      return_logits=return_logits, kv_cache_dtype=kv_cache_dtype, kv_scales=kv_scales)
 
 
-def load_model(config: TransformerConfig, folder: Path, *, devices: Devices | None = None, **options: Any,
-               ) -> DistributedTransformer:
+def load_model(config: TransformerConfig, folder: Path, *, devices: Devices | None = None,
+               dtype: DTypeLike | None = None, kv_cache_dtype: DTypeLike | None = None,
+               kv_scales: KVScales | None = None, **options: Any) -> DistributedTransformer:
     """As `load`, for a folder whose config is parsed already; `options` are those of `build_model`."""
-    mesh = mesh_for(config, devices)
-    model = nnx.eval_shape(partial(build_model, config, devices=mesh, **options))
-    read_weights(model, family_of({"model_type": config.model_type}), folder)
+    mesh, family = mesh_for(config, devices), family_of({"model_type": config.model_type})
+    kv_params = default_kv_params(config, mesh, compute_dtype(config, dtype), options.get("rules", ShardingRules()))
+    if kv_cache_dtype is not None:
+        kv_params = replace(kv_params, **_cache_options(config, family, folder, kv_cache_dtype, kv_scales))
+    elif kv_scales is not None:
+        raise ValueError("kv_scales belong to a quantised cache: give kv_cache_dtype as well, int8 or float8_e4m3fn.")
+    model = nnx.eval_shape(partial(build_model, config, devices=mesh, dtype=dtype, kv_params=kv_params, **options))
+    read_weights(model, family, folder)
     return model
+
+
+def _cache_options(config: TransformerConfig, family: Family, folder: Path, dtype: DTypeLike,
+                   scales: KVScales | None) -> dict[str, Any]:
+    """`KVCacheParams`' dtype and scales, these from the checkpoint where none are given."""
+    dtype = as_cache_dtype(dtype)
+    if dtype.name in LARGEST and scales is None:
+        scales = read_scales(config, family, folder, dtype)
+    if dtype == jnp.int8 and scales is None:
+        raise ValueError(f"An int8 cache needs scales, and the checkpoint in {folder} has none. Measure them: "
+                         "kv_scales=maxlike.calibrate(maxlike.load(...), tokens, input_row_offsets).")
+    return dict(dtype=dtype, scales=scales)
 
 
 def read_weights(model: DistributedTransformer, family: Family, folder: Path) -> None:
     """Fills every parameter of `model` (abstract or not) from the safetensors files in `folder`.
+
+    Scales of a quantised KV cache are none of them, and left alone.
 
     Raises:
         CheckpointError: with all that is missing, unexpected, misshapen, unreadable or cut short.
@@ -80,7 +106,8 @@ def read_weights(model: DistributedTransformer, family: Family, folder: Path) ->
         for file, name in canonical_names(family, checkpoint.tensors, tied=tied).items():
             if name in stored:
                 problems.append(f"tensors {stored[name]!r} and {file!r} both mean {name!r}; expected one of them")
-            stored.setdefault(name, file)
+            if scale_of(name) is None:
+                stored.setdefault(name, file)
         lost = set(canonical_names(family, checkpoint.lost, tied=tied).values())
         problems += _disagreements(checkpoint, stored, lost, wanted)
         if problems:
@@ -163,7 +190,8 @@ def save_model(model: DistributedTransformer, config: TransformerConfig, folder:
     """Writes `config.json`, `generation_config.json` and safetensors that `transformers` reads.
 
     Parameters are written in the dtype that the model has them in, one tensor in host memory at a time; padding
-    is cut off, stacks are taken apart. Tokenizer files are the caller's to copy.
+    is cut off, stacks are taken apart. The scales of a quantised cache are written too. Tokenizer files are the
+    caller's to copy.
 
     Raises:
         ValueError: the model does not fit `config`.
@@ -177,13 +205,15 @@ def save_model(model: DistributedTransformer, config: TransformerConfig, folder:
             f"The model is not the config's: {name} has shape {shapes.get(name, 'none')} in the model and "
             f"{meant.get(name, 'none')} by the config ({len(differing)} parameter{'s' * (len(differing) > 1)} differ). "
             "Save a model with the config that it was built from.")
-    tensors = []
+    tensors: list[TensorSource] = []
     for names, stacked, param in named_parameters(model):
         value = param.get_value()
         for i, name in enumerate(names):
             tensors.append((hf_name(family, name), shapes[name], np.dtype(value.dtype),
                             partial(_fetch, value, i if stacked else None, shapes[name])))
     config_json = unparse_config(replace(config, dtype=tensors[0][2].name))
+    if model.kv_params.scales is not None:
+        tensors += scale_tensors(model.kv_params.scales, model.kv_params.dtype)
     folder.mkdir(parents=True, exist_ok=True)
     write_checkpoint(folder, tensors, max_shard_bytes=max_shard_bytes)
     (folder / "config.json").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")

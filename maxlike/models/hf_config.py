@@ -139,9 +139,18 @@ def _is_number(x: Any) -> bool:
     return (_is_integer(x) or isinstance(x, float)) and abs(x) < 1e300  # JSON as Python reads it has NaN and Infinity
 
 
+def _quantises_the_cache_alone(quantization: Any) -> bool:
+    """Whether it has float8 scales for a KV cache, and nothing to say about weights (compressed-tensors writes so)."""
+    match quantization:
+        case {"kv_cache_scheme": {"type": "float", "num_bits": 8}}:
+            return not quantization.get("config_groups")
+    return False
+
+
 def read_common(reader: ConfigReader, *, activation: str = "hidden_act") -> dict[str, Any]:
     """The fields of a `TransformerConfig` that every family states in the same way."""
-    reader.refuse("quantization_config", "quantised checkpoints are not supported yet")
+    if not _quantises_the_cache_alone(reader.fields.get("quantization_config")):
+        reader.refuse("quantization_config", "quantised checkpoints are not supported yet")
     hidden_size, n_heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
     n_kv_heads = reader.optional_integer("num_key_value_heads") or n_heads
     if n_heads % n_kv_heads:

@@ -39,7 +39,7 @@ _SUPPORTED = ", ".join(_DTYPES)
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 # What `write_checkpoint` takes for one tensor: name, shape, dtype, fetch.
-_Source = tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]
+TensorSource = tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _SCRATCH_BYTES = 2 << 20  # one block of rows on its way from the file to the caller's array
@@ -190,7 +190,7 @@ class Checkpoint:
 
 def write_checkpoint(
     folder: str | os.PathLike[str],
-    tensors: Iterable[_Source],
+    tensors: Iterable[TensorSource],
     *,
     max_shard_bytes: int = 5 * 10**9,
     metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
@@ -207,7 +207,7 @@ def write_checkpoint(
     another shape or dtype than announced; the folder is then as it was.
     """
     folder = Path(folder)
-    shards: list[list[_Source]] = [[]]
+    shards: list[list[TensorSource]] = [[]]
     seen: set[str] = set()
     total = filled = 0
     for name, shape, dtype, fetch in tensors:
@@ -254,7 +254,7 @@ def write_checkpoint(
             path.unlink()
 
 
-def _write_file(path: Path, tensors: list[_Source], metadata: Mapping[str, str]) -> None:
+def _write_file(path: Path, tensors: list[TensorSource], metadata: Mapping[str, str]) -> None:
     # Wide dtypes first, so that every tensor is aligned for readers that map the file.
     tensors = sorted(tensors, key=lambda tensor: -tensor[2].itemsize)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}

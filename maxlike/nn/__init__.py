@@ -3,7 +3,7 @@
 from maxlike.mesh import DeviceRef
 from maxlike.nn.attention import AttentionMetadata, AttentionWithRope
 from maxlike.nn.embedding import VocabParallelEmbedding
-from maxlike.nn.kv_cache import KVCacheParams, KVCacheStrategy
+from maxlike.nn.kv_cache import KVCacheParams, KVCacheStrategy, KVScales
 from maxlike.nn.linear import ColumnParallelLinear, DistributedGemmConfig, RowParallelLinear
 from maxlike.nn.mlp import MLP
 from maxlike.nn.norm import OutputNorm, RMSNorm
@@ -19,6 +19,7 @@ __all__ = [
     "DistributedGemmConfig",
     "KVCacheParams",
     "KVCacheStrategy",
+    "KVScales",
     "LinearScaling",
     "Llama3Scaling",
     "OutputNorm",

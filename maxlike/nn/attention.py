@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from maxlike.kernels.ragged_attention import ragged_attention
 from maxlike.mesh import Devices, ShardingRules, as_mesh
 from maxlike.nn.kv_cache import PagedKVCacheCollection
 from maxlike.nn.linear import ColumnParallelLinear, RowParallelLinear
-from maxlike.nn.module import Module, on_mesh_of
+from maxlike.nn.module import Module, create_param, on_mesh_of
 from maxlike.nn.norm import RMSNorm
 from maxlike.nn.rotary_embedding import RotaryEmbedding, apply_rotary
 
@@ -61,13 +62,16 @@ class AttentionWithRope(Module):
         qk_norm_offset: that norm's `weight_offset`.
         sliding_window: a token sees itself and the `sliding_window - 1` tokens before it; `None`: all.
         logit_soft_cap: scores become `cap * tanh(score / cap)`; `None`: they stay.
+        has_sinks: a parameter `sinks`, `float32[N]` whatever `dtype` is: of each query head one more score in the
+            softmax, without a value (gpt-oss).
     """
 
     def __init__(self, num_attention_heads: int, num_key_value_heads: int, hidden_size: int, head_dim: int,
                  dtype: DTypeLike, devices: Devices, *, rngs: nnx.Rngs, rope: RotaryEmbedding | None = None,
                  scale: float | None = None, has_bias: bool = False, has_output_bias: bool = False,
                  qk_norm_eps: float | None = None, qk_norm_offset: float = 0.0, sliding_window: int | None = None,
-                 logit_soft_cap: float | None = None, rules: ShardingRules = ShardingRules()):
+                 logit_soft_cap: float | None = None, has_sinks: bool = False,
+                 rules: ShardingRules = ShardingRules()):
         if min(num_attention_heads, num_key_value_heads) < 1 or num_attention_heads % num_key_value_heads:
             raise ValueError(f"{num_attention_heads} query heads cannot share {num_key_value_heads} KV heads evenly.")
         if rope is not None and rope.head_dim != head_dim:
@@ -94,6 +98,9 @@ class AttentionWithRope(Module):
         norm = partial(RMSNorm, head_dim, dtype, mesh, rngs=rngs, weight_offset=qk_norm_offset, rules=rules)
         self.q_norm = None if qk_norm_eps is None else norm(eps=qk_norm_eps)
         self.k_norm = None if qk_norm_eps is None else norm(eps=qk_norm_eps)
+        n = (num_attention_heads,)
+        self.sinks = create_param(jax.nn.initializers.zeros, rngs, n, jnp.float32,
+                                  rules.sharding(mesh, n, "heads")) if has_sinks else None
 
     def __call__(self, x: jax.Array, layer_index: jax.Array | int, kv_collection: PagedKVCacheCollection | None,
                  metadata: AttentionMetadata) -> tuple[jax.Array, PagedKVCacheCollection | None]:
@@ -111,12 +118,12 @@ class AttentionWithRope(Module):
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = metadata.freqs if self.rope is None else self.rope(metadata.positions)
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        options: dict[str, Any] = dict(
+            scale=self.scale, sliding_window=self.sliding_window, soft_cap=self.logit_soft_cap,
+            sinks=None if self.sinks is None else self.sinks.get_value())
         if kv_collection is None:
-            out = ragged_attention(q, k, v, metadata.row_offsets, scale=self.scale,
-                                   sliding_window=self.sliding_window, soft_cap=self.logit_soft_cap)
+            out = ragged_attention(q, k, v, metadata.row_offsets, **options)
         else:
-            out, kv_collection = kv_collection.attend(
-                q, k, v, layer_index, metadata.row_offsets, scale=self.scale,
-                sliding_window=self.sliding_window, soft_cap=self.logit_soft_cap)
+            out, kv_collection = kv_collection.attend(q, k, v, layer_index, metadata.row_offsets, **options)
         out = jnp.reshape(out, (tokens, self.n_heads * self.head_dim), out_sharding=on_mesh_of(out, None, self.q_axes))
         return self.o_proj(out), kv_collection

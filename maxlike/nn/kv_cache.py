@@ -5,6 +5,9 @@ lanes `[0, head_dim)` and its value in `[head_dim, 2 * head_dim)`; page `p` of l
 `KVCacheParams.shape` states it; the order of the lanes is the kernel's too. The array is carried through the layers and
 aliased through the kernel, so a step moves none of it but the tokens that it writes (why this layout: README).
 
+The dtype may be int8 or float8_e4m3fn: half of bfloat16's bytes. Then a token's keys and values are stored divided by
+a scale of their layer and KV head (`KVScales`), which `calibrate` measures.
+
 A *collection* is the cache during one step: attention asks it to attend, and gets back the collection with this
 step's keys and values in it. Paged and continuous batching differ in how a sequence's pages are found, and in
 nothing else.
@@ -13,6 +16,7 @@ nothing else.
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,13 +24,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from maxlike.kernels.paged_attention import ragged_paged_attention
+from maxlike.kernels.paged_attention import FLOATS, LARGEST, Implementation, ragged_paged_attention
+from maxlike.kernels.ragged_attention import ragged_attention
 from maxlike.mesh import Devices, ShardingRules, as_mesh
 
 TPU_LANES = 128
+SMALLEST_SCALE = 1e-8
+"""Of a head that calibration saw nothing but zeros of."""
 
 
 class KVCacheStrategy(enum.StrEnum):
@@ -38,17 +46,58 @@ class KVCacheStrategy(enum.StrEnum):
     """One slot of `max_seq_len` tokens a sequence: consecutive pages, of which the table names the first."""
 
 
+def as_cache_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype meant, which a cache may have: float32, bfloat16, float16, int8 or float8_e4m3fn.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    try:
+        meant = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"A KV cache's dtype must name a dtype; got {dtype!r}.") from error
+    if meant.name not in (*FLOATS, *LARGEST):
+        raise ValueError(f"A KV cache's dtype must be one of {', '.join((*FLOATS, *LARGEST))}; got {meant}.")
+    return meant
+
+
+@dataclass(frozen=True)
+class KVScales:
+    """What a quantised cache divides keys and values by: `k[layer][kv_head]` and `v[layer][kv_head]`.
+
+    Raises:
+        ValueError: a scale is not positive and finite, or there is not one for each layer and KV head.
+    """
+
+    k: tuple[tuple[float, ...], ...]
+    v: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        for name in ("k", "v"):
+            object.__setattr__(self, name, tuple(tuple(map(float, row)) for row in getattr(self, name)))
+        heads = {len(row) for row in (*self.k, *self.v)}
+        if len(self.k) != len(self.v) or len(heads) != 1:
+            raise ValueError(f"KVScales needs k and v of one shape, [layers][KV heads]; got {len(self.k)} and "
+                             f"{len(self.v)} layers of {sorted(heads)} KV heads.")
+        for name in ("k", "v"):
+            for layer, row in enumerate(getattr(self, name)):
+                if wrong := [scale for scale in row if not (math.isfinite(scale) and scale > 0)]:
+                    raise ValueError(f"KVScales.{name}[{layer}] has {wrong[0]}; a scale is positive and finite.")
+
+
 @dataclass(frozen=True)
 class KVCacheParams:
     """The cache's measures; all bytes and shapes are worked out here.
 
     Args:
-        dtype: of the stored keys and values.
+        dtype: of the stored keys and values: float32, bfloat16, float16, int8 or float8_e4m3fn.
         n_kv_heads, head_dim, n_layers: of the model.
         page_size: tokens a page.
         cache_strategy: see `KVCacheStrategy`.
         max_seq_len: tokens a slot holds; needed by, and only by, `CONTINUOUS`.
         rules: those that the model is built with.
+        scales: of the last two dtypes. int8 needs them; without them float8_e4m3fn stores values as they are.
+        implementation: of attention over the cache; `None` chooses by the platform that is compiled for.
     """
 
     dtype: DTypeLike
@@ -59,12 +108,12 @@ class KVCacheParams:
     cache_strategy: KVCacheStrategy = KVCacheStrategy.PAGED
     max_seq_len: int | None = None
     rules: ShardingRules = ShardingRules()
+    scales: KVScales | None = None
+    implementation: Implementation | None = None
 
     def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        except TypeError as error:
-            raise ValueError(f"KVCacheParams.dtype must name a dtype; got {self.dtype!r}.") from error
+        object.__setattr__(self, "dtype", as_cache_dtype(self.dtype))
+        dtype = jnp.dtype(self.dtype).name
         if self.cache_strategy not in list(KVCacheStrategy):
             raise ValueError(f"KVCacheParams.cache_strategy must be one of {', '.join(KVCacheStrategy)}; got "
                              f"{self.cache_strategy!r}.")
@@ -76,6 +125,16 @@ class KVCacheParams:
         if (self.cache_strategy == KVCacheStrategy.CONTINUOUS) != (self.max_seq_len is not None):
             raise ValueError(f"max_seq_len belongs to the continuous strategy, and it needs it; got max_seq_len="
                              f"{self.max_seq_len} with {self.cache_strategy.value!r}.")
+        if self.scales is None and dtype == "int8":
+            raise ValueError("An int8 cache needs KVCacheParams.scales: calibrate(model, tokens, input_row_offsets) "
+                             "measures them on a model with a float cache.")
+        if self.scales is not None:
+            if dtype not in LARGEST:
+                raise ValueError(f"KVCacheParams.scales belong to a cache of {' or '.join(LARGEST)}; got {dtype}.")
+            given = len(self.scales.k), len(self.scales.k[0])
+            if given != (self.n_layers, self.n_kv_heads):
+                raise ValueError(f"KVCacheParams.scales are of {given[0]} layers with {given[1]} KV heads; the cache "
+                                 f"has {self.n_layers} with {self.n_kv_heads}.")
 
     def shape(self, n_pages: int, platform: str) -> tuple[int, int, int, int]:
         """The cache array's shape for `n_pages` pages a layer on `platform` (`"cpu"`, `"gpu"`, `"tpu"`).
@@ -165,16 +224,23 @@ class PagedKVCacheCollection:
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, layer_index: jax.Array | int,
                row_offsets: jax.Array, *, scale: float, sliding_window: int | None = None,
-               soft_cap: float | None = None) -> tuple[jax.Array, PagedKVCacheCollection]:
+               soft_cap: float | None = None,
+               sinks: jax.Array | None = None) -> tuple[jax.Array, PagedKVCacheCollection]:
         """Writes this step's `k` and `v` `[T, K, H]` to layer `layer_index` and attends over them with `q` `[T, N, H]`.
+
+        The options are those of `ragged_paged_attention`; `sinks` is `float32[N]` or `None`.
 
         Returns:
             The output `[T, N, H]` and the collection to go on with.
         """
+        scales = self.params.scales
+        k_scale, v_scale = (None, None) if scales is None else (
+            jnp.asarray(rows, jnp.float32)[layer_index] for rows in (scales.k, scales.v))
         out, pages = ragged_paged_attention(
             q, k, v, self.pages, self.cache_lengths, self.page_table, row_offsets,
             first_page=layer_index * (self.pages.shape[0] // self.params.n_layers),
-            scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
+            scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, sinks=sinks, k_scale=k_scale,
+            v_scale=v_scale, implementation=self.params.implementation)
         return out, replace(self, pages=pages)
 
 
@@ -249,3 +315,60 @@ class FetchContinuousBatchingKVCacheCollection:
         assert self.kv_params.max_seq_len is not None
         slot = page_table[:, :1] + jnp.arange(self.kv_params.pages_for(self.kv_params.max_seq_len), dtype=jnp.int32)
         return ContinuousBatchingKVCacheCollection(pages, cache_lengths, slot, self.kv_params)
+
+
+def calibrate(model: Any, tokens: jax.Array | np.ndarray, input_row_offsets: jax.Array | np.ndarray,
+              dtype: DTypeLike = "int8") -> KVScales:
+    """The scales with which the largest key and value of each layer and KV head just fit a quantised cache.
+
+    Runs the model once, without a cache, on tokens that should be like those that it will see: some hundreds of real
+    text. Larger values met later are clipped.
+
+    Args:
+        model: a `DistributedTransformer`; what cache it is built for does not matter.
+        tokens, input_row_offsets: `int32[T]` and `int32[S + 1]`, as the model takes them.
+        dtype: of the cache: int8 or float8_e4m3fn.
+
+    Raises:
+        ValueError: another dtype; there are no tokens; a key or value is not finite.
+    """
+    largest = LARGEST.get(as_cache_dtype(dtype).name)
+    if largest is None:
+        raise ValueError(f"Only caches of {' or '.join(LARGEST)} have scales; got {jnp.dtype(dtype)}.")
+    if int(input_row_offsets[-1]) < 1:
+        raise ValueError("calibrate needs tokens to run the model on; input_row_offsets gives none.")
+    params: KVCacheParams = model.kv_params
+    shape = params.n_layers, 2, params.n_kv_heads
+    nothing = jax.jit(partial(jnp.zeros, shape), out_shardings=params.rules.sharding(model.mesh, shape, None, None,
+                                                                                      "kv_heads"))()
+    measuring = nnx.merge(*nnx.split(model))  # shares the parameters
+    measuring.kv_collection_constructor = _Measurement
+    # To whoever checks the batch it is a cache of one page, which has room for all.
+    measuring.kv_params = replace(params, dtype=jnp.float32, scales=None, page_size=max(len(tokens), 1),
+                                  cache_strategy=KVCacheStrategy.PAGED, max_seq_len=None)
+    n_sequences = len(input_row_offsets) - 1
+    unused = np.zeros(n_sequences, np.int32), np.zeros((n_sequences, 1), np.int32)
+    _, measured = measuring.hidden_states(tokens, (nothing, *unused), input_row_offsets)
+    amax = np.asarray(measured, np.float64)
+    if not np.isfinite(amax).all():
+        raise ValueError("A key or value is not finite: the model cannot be calibrated on these tokens.")
+    k, v = np.maximum(amax / largest, SMALLEST_SCALE).transpose(1, 0, 2).tolist()
+    return KVScales(k, v)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["pages", "cache_lengths", "page_table"], meta_fields=[])
+@dataclass(frozen=True)
+class _Measurement:
+    """Stands where a cache would: `pages` is `float32[L, 2, K]`, the largest |k| and |v| of each layer so far."""
+
+    pages: jax.Array
+    cache_lengths: jax.Array
+    page_table: jax.Array
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, layer_index: jax.Array | int, row_offsets: jax.Array,
+               **options: Any) -> tuple[jax.Array, _Measurement]:
+        out = ragged_attention(q, k, v, row_offsets, **options)
+        own = (jnp.arange(k.shape[0]) < row_offsets[-1])[:, None, None]
+        amax = jnp.stack([jnp.where(own, jnp.abs(x), 0).max((0, 2)) for x in (k, v)]).astype(jnp.float32)
+        this = (jnp.arange(self.pages.shape[0]) == layer_index)[:, None, None]
+        return out, replace(self, pages=jnp.where(this, jnp.maximum(self.pages, amax), self.pages))

@@ -104,6 +104,9 @@ def test_every_model_has_a_file_from_the_hub_and_one_of_transformers_5() -> None
     assert any(file.endswith(".saved-by-4") for file in FILES)
 
 
+FP8_CACHE = {"type": "float", "num_bits": 8, "strategy": "tensor", "dynamic": False, "symmetric": True}
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_real_configs(file: str) -> None:
     assert parse(read(file)) == TransformerConfig(**FACTS[model_of(file)])
@@ -294,6 +297,10 @@ def test_config_that_is_not_text(tmp_path: Path) -> None:
          ["rope_parameters.full_attention is {"]),
         ("qwen3", {"quantization_config": {"quant_method": "fp8"}},
          ['quantization_config is {"quant_method": "fp8"}; expected none: quantised checkpoints are not supported']),
+        ("llama", {"quantization_config": {"kv_cache_scheme": FP8_CACHE, "config_groups": {"group_0": {}}}},
+         ["quantization_config is {"]),
+        ("llama", {"quantization_config": {"kv_cache_scheme": FP8_CACHE | {"type": "int"}, "config_groups": {}}},
+         ["quantization_config is {"]),
         ("qwen2", {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]},
          ["sliding_window is not in use, but there are layers of sliding_attention; expected a positive integer."]),
         ("qwen2", {"num_hidden_layers": 2, "layer_types": ["full_attention"]},
@@ -326,6 +333,11 @@ def test_fields_that_are_refused(model_type: str, fields: dict, problems: list[s
     assert len(lines) == len(problems)
     for line, problem in zip(lines, problems, strict=True):
         assert problem in line
+
+
+def test_a_quantised_cache_alone_is_no_quantised_checkpoint() -> None:
+    scheme = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": FP8_CACHE}
+    assert parse({"model_type": "llama", "quantization_config": scheme}) == parse({"model_type": "llama"})
 
 
 def test_all_problems_are_told_at_once() -> None:

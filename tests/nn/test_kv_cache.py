@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from jax import P
 from jax.sharding import NamedSharding
 
-from maxlike.kernels.paged_attention import reference
+from maxlike.kernels.paged_attention import Xla, reference
 from maxlike.mesh import ShardingRules, make_mesh
 from maxlike.nn.kv_cache import (
     ContinuousBatchingKVCacheCollection,
@@ -21,12 +22,15 @@ from maxlike.nn.kv_cache import (
     FetchPagedKVCacheCollection,
     KVCacheParams,
     KVCacheStrategy,
+    KVScales,
     PagedKVCacheCollection,
 )
 from tests.tpu_compile import requires_libtpu, topology_mesh
 
 PAGED = KVCacheParams(jnp.float32, n_kv_heads=2, head_dim=8, n_layers=3, page_size=4)
 CONTINUOUS = KVCacheParams(jnp.float32, 2, 8, 3, 4, KVCacheStrategy.CONTINUOUS, max_seq_len=10)
+
+ONES = KVScales(3 * ((1.0, 1.0),), 3 * ((1.0, 1.0),))
 
 # --- Measures ---------------------------------------------------------------------------------------------------
 
@@ -42,6 +46,11 @@ CONTINUOUS = KVCacheParams(jnp.float32, 2, 8, 3, 4, KVCacheStrategy.CONTINUOUS, 
         (dict(cache_strategy="continuous", max_seq_len=0), "max_seq_len must be at least 1; got 0"),
         (dict(cache_strategy="contiguous"), "one of paged, continuous; got 'contiguous'"),
         (dict(dtype="float7"), "must name a dtype; got 'float7'"),
+        (dict(dtype="int32"), "one of float32, bfloat16, float16, int8, float8_e4m3fn; got int32"),
+        (dict(dtype="int8"), r"int8 cache needs KVCacheParams.scales: calibrate\("),
+        (dict(scales=ONES), "scales belong to a cache of int8 or float8_e4m3fn; got float32"),
+        (dict(dtype="int8", n_layers=2, scales=ONES), "of 3 layers with 2 KV heads; the cache has 2 with 2"),
+        (dict(dtype=jnp.float8_e4m3fn, n_kv_heads=1, scales=ONES), "of 3 layers with 2 KV heads; .* has 3 with 1"),
     ],
     ids=str,
 )  # fmt: skip
@@ -53,6 +62,10 @@ def test_params_that_mean_nothing(wrong: dict[str, Any], message: str) -> None:
 def test_params_are_equal_however_they_are_spelt() -> None:
     one = KVCacheParams(jnp.bfloat16, 2, 8, 3, cache_strategy=KVCacheStrategy.CONTINUOUS, max_seq_len=5)
     other = KVCacheParams("bfloat16", 2, 8, 3, cache_strategy="continuous", max_seq_len=5)
+    assert one == other and hash(one) == hash(other)
+    one = KVCacheParams(jnp.int8, 2, 8, 1, scales=KVScales(k=((1.0, 2.0),), v=((1.0, 3.0),)), implementation=Xla())
+    other = KVCacheParams("int8", 2, 8, 1, scales=KVScales([[1, np.float32(2)]], np.array([[1, 3]])),
+                          implementation=Xla())  # fmt: skip
     assert one == other and hash(one) == hash(other)
     assert [strategy.value for strategy in KVCacheStrategy] == ["paged", "continuous"]
 
@@ -66,11 +79,28 @@ def test_shape(head_dim: int, platform: str, lanes: int) -> None:
     assert KVCacheParams(jnp.bfloat16, 4, head_dim, 3, 32).shape(10, platform) == (30, 4, 32, lanes)
 
 
+@pytest.mark.parametrize(
+    ("k", "v", "message"),
+    [
+        ([[1.0]], [[1.0], [1.0]], "1 and 2 layers"),
+        ([[1.0]], [[1.0, 2.0]], r"1 layers of \[1, 2\] KV heads"),
+        ([], [], "0 and 0 layers"),
+        ([[1.0, 0.0]], [[1.0, 2.0]], r"KVScales.k\[0\] has 0.0"),
+        ([[1.0], [1.0]], [[1.0], [-2.0]], r"KVScales.v\[1\] has -2.0"),
+        ([[float("inf")]], [[1.0]], "has inf"),
+        ([[1.0]], [[float("nan")]], "has nan"),
+    ],
+)
+def test_scales_that_mean_nothing(k: Any, v: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KVScales(k, v)
+
+
 def test_pages_for() -> None:
     assert [PAGED.pages_for(n) for n in (0, 1, 4, 5, 8, 9)] == [0, 1, 1, 2, 2, 3]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn])
 @pytest.mark.parametrize(("n_devices", "n_kv_heads"), [(1, 2), (2, 2), (4, 2), (8, 8), (8, 1)])
 def test_bytes_are_those_that_are_allocated(devices: list[jax.Device], n_devices: int, n_kv_heads: int,
                                             dtype: Any) -> None:
@@ -190,40 +220,67 @@ def test_collections_are_trees(params: KVCacheParams) -> None:
     assert jax.tree.structure(again) == treedef
 
 
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
 @pytest.mark.parametrize(
     ("strategy", "traced"), [(KVCacheStrategy.PAGED, True), (KVCacheStrategy.CONTINUOUS, False)],
     ids=["paged-traced", "continuous-static"],
 )  # fmt: skip
 def test_attending_writes_to_its_own_layer_and_reads_from_it(devices: list[jax.Device], strategy: KVCacheStrategy,
-                                                             traced: bool) -> None:
-    params = PAGED if strategy == KVCacheStrategy.PAGED else CONTINUOUS
-    fetch = FetchPagedKVCacheCollection if params is PAGED else FetchContinuousBatchingKVCacheCollection
+                                                             traced: bool, cache_dtype: str) -> None:
+    paged = strategy == KVCacheStrategy.PAGED
+    params = PAGED if paged else CONTINUOUS
+    fetch = FetchPagedKVCacheCollection if paged else FetchContinuousBatchingKVCacheCollection
     mesh, layer, n_pages, rng = make_mesh(devices[:2]), 1, 9, np.random.default_rng(0)
+    scales: dict[str, Any] = {}
     # The other layers' pages are NaN: reading them, or writing to them, shows.
-    before = np.full(params.shape(n_pages, "cpu"), np.nan, np.float32)
-    before[layer * n_pages : (layer + 1) * n_pages] = rng.standard_normal((n_pages, 2, 4, 16))
+    before: Any = np.full(params.shape(n_pages, "cpu"), np.nan, np.float32)
+    if cache_dtype == "float32":
+        before[layer * n_pages : (layer + 1) * n_pages] = rng.standard_normal((n_pages, 2, 4, 16))
+    else:  # there is no NaN, but the other layers' scales would show
+        before = rng.integers(-127, 128, before.shape).astype(np.int8)
+        k_scale, v_scale = rng.uniform(0.01, 0.03, (2, 3, 2)).astype(np.float32)
+        params = replace(params, dtype="int8", scales=KVScales(k_scale, v_scale))
+        scales = dict(k_scale=k_scale[layer], v_scale=v_scale[layer])
     q, k, v = (rng.standard_normal((8, n, 8)).astype(np.float32) for n in (4, 2, 2))
     lengths, offsets = np.array([6, 0], np.int32), np.array([0, 1, 5], np.int32)
-    table = np.array([[4, 7, 2], [0, 5, 1]] if params is PAGED else [[3], [6]], np.int32)
+    table = np.array([[4, 7, 2], [0, 5, 1]] if paged else [[3], [6]], np.int32)
+    sinks = np.float32([1, -2, 0, 3])
 
     @partial(jax.jit, static_argnums=() if traced else (0,), donate_argnums=1)
     def attend(layer: Any, pages: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
         collection = fetch(params)(pages, lengths, table)
-        return collection.attend(q, k, v, layer, jnp.asarray(offsets), scale=0.3, sliding_window=5, soft_cap=4.0)
+        return collection.attend(q, k, v, layer, jnp.asarray(offsets), scale=0.3, sliding_window=5, soft_cap=4.0,
+                                 sinks=jnp.asarray(sinks))
 
     heads = NamedSharding(mesh, P(None, "model", None))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         out, after = attend(layer, jax.device_put(before, params.sharding(mesh)),
                             *(jax.device_put(x, heads) for x in (q, k, v)))
     assert type(after) is type(fetch(params)(jnp.asarray(before), lengths, table))
-    pages_of = table if params is PAGED else table + np.arange(3)
+    pages_of = table if paged else table + np.arange(3)
     expected, pages = reference.ragged_paged_attention(q, k, v, before, lengths, pages_of, offsets,
                                                        first_page=layer * n_pages, scale=0.3, sliding_window=5,
-                                                       soft_cap=4.0)
+                                                       soft_cap=4.0, sinks=sinks, **scales)
     np.testing.assert_allclose(np.asarray(out)[:5], expected[:5], rtol=0, atol=1e-5)
     np.testing.assert_array_equal(np.asarray(after.pages), pages)
     np.testing.assert_array_equal(after.cache_lengths, lengths)
     assert out.sharding == heads and after.pages.sharding == params.sharding(mesh)
+
+
+@dataclass(frozen=True)
+class Refusing:
+    """An implementation that says that it was asked."""
+
+    def __call__(self, *arrays: Any, **options: Any) -> Any:
+        raise RuntimeError("asked")
+
+
+def test_the_params_choose_the_implementation() -> None:
+    params = replace(PAGED, implementation=Refusing())
+    collection = FetchPagedKVCacheCollection(params)(jnp.zeros((6, 2, 4, 16)), np.zeros(1), np.zeros((1, 2)))
+    x = jnp.zeros((1, 2, 8))
+    with pytest.raises(RuntimeError, match="asked"):
+        collection.attend(x, x, x, 0, jnp.array([0, 1]), scale=1.0)
 
 
 def test_errors_name_the_params() -> None:

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh
 from maxlike import nn
 from maxlike.mesh import ShardingRules, make_mesh
 from maxlike.nn.attention import AttentionMetadata
+from maxlike.nn.kv_cache import FetchPagedKVCacheCollection
 from maxlike.nn.linear import matmul
 from maxlike.nn.module import create_param
 from maxlike.nn.norm import SoftCap
@@ -409,13 +410,17 @@ def plain_attention(layer: nn.AttentionWithRope, x: np.ndarray, offsets: np.ndar
             scores = scale * np.einsum("nh,jnh->nj", q[i], k[first : i + 1])
             if cap is not None:
                 scores = cap * np.tanh(scores / cap)
+            if layer.sinks is not None:  # one more score, whose weight goes to nothing
+                scores = np.concatenate([scores, double(layer.sinks.get_value())[:, None]], 1)
             p = np.exp(scores - scores.max(-1, keepdims=True))
-            out[i] = np.einsum("nj,jnh->nh", p / p.sum(-1, keepdims=True), v[first : i + 1])
+            p = p / p.sum(-1, keepdims=True)
+            out[i] = np.einsum("nj,jnh->nh", p[:, : i + 1 - first], v[first : i + 1])
     return product(out.reshape(len(x), -1), layer.o_proj)
 
 
 EVERYTHING = dict(has_bias=True, has_output_bias=True, qk_norm_eps=1e-3, qk_norm_offset=1.0, scale=0.7,
-                  sliding_window=4, logit_soft_cap=2.0, rope=nn.RotaryEmbedding(10, 50.0, rotary_dim=4))
+                  sliding_window=4, logit_soft_cap=2.0, rope=nn.RotaryEmbedding(10, 50.0, rotary_dim=4),
+                  has_sinks=True)
 
 
 @pytest.mark.parametrize(
@@ -442,6 +447,21 @@ def test_attention(devices: list[jax.Device], n_devices: int, n_heads: int, n_kv
         window=options.get("sliding_window"), cap=options.get("logit_soft_cap"), qk_norm=options.get("qk_norm_eps"),
         norm_offset=options.get("qk_norm_offset", 0.0), inv_freq=rope.theta ** (-np.arange(n) / n))  # fmt: skip
     close(y[:13], expected)
+    # The same through a cache, in which the sequences have no tokens yet.
+    params = nn.KVCacheParams(F32, n_kv_heads, 10, 1, page_size=4)
+    cache = FetchPagedKVCacheCollection(params)(
+        params.allocate(8, mesh), np.zeros(4), np.arange(8).reshape(4, 2).astype(np.int32))
+    y, _ = compiled(layer)(padded, 0, cache, metadata)
+    close(y[:13], expected)
+    if options.get("has_sinks"):
+        assert layer.partition_specs()["sinks"] == P(layer.q_axes)
+        assert layer.sinks is not None and layer.sinks.get_value().dtype == F32
+
+
+def test_sinks_are_float32_and_start_at_zero(devices: list[jax.Device]) -> None:
+    layer = nn.AttentionWithRope(4, 2, 16, 8, jnp.bfloat16, devices[:2], rngs=nnx.Rngs(0), has_sinks=True)
+    assert layer.sinks is not None
+    np.testing.assert_array_equal(layer.sinks.get_value(), np.zeros(4, np.float32), strict=True)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,20 @@
 """Attention of a ragged batch over a paged KV cache, the step's own K and V written on the way."""
 
-from maxlike.kernels.paged_attention.api import Implementation, default_implementation, ragged_paged_attention
-from maxlike.kernels.paged_attention.xla import Xla
+from maxlike.kernels.paged_attention.api import (
+    FLOATS,
+    Implementation,
+    choose_implementation,
+    default_implementation,
+    ragged_paged_attention,
+)
+from maxlike.kernels.paged_attention.xla import LARGEST, Xla
 
-__all__ = ["Implementation", "Xla", "default_implementation", "ragged_paged_attention"]
+__all__ = [
+    "FLOATS",
+    "LARGEST",
+    "Implementation",
+    "Xla",
+    "choose_implementation",
+    "default_implementation",
+    "ragged_paged_attention",
+]

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from maxlike.kernels.paged_attention.xla import LARGEST, Xla
 
 FLOATS = ("float32", "bfloat16", "float16")
+"""Dtypes of q, k and v; a cache may be of these, and of those in `LARGEST`."""
 
 
 class Implementation(Protocol):
@@ -41,10 +42,19 @@ class Implementation(Protocol):
         """The arguments of `ragged_paged_attention`, already checked: int32[] first_page, float32 sinks and scales."""
 
 
+def choose_implementation(device: Any) -> tuple[Implementation, str]:
+    """The implementation for a device, or an `AbstractDevice`, and why, where it is not the platform's best.
+
+    `device` is anything with a `.platform` and a `.device_kind`.
+    """
+    if device.platform == "cpu":
+        return Xla(), ""
+    return Xla(), f"there is no kernel for {device.device_kind} yet"
+
+
 def default_implementation(device: Any) -> Implementation:
-    """The implementation for a device, or an `AbstractDevice`: anything with `.platform` and `.device_kind`."""
-    del device  # a platform with a kernel of its own is told from it here
-    return Xla()
+    """The implementation that `ragged_paged_attention` takes for a device when it is given none."""
+    return choose_implementation(device)[0]
 
 
 def ragged_paged_attention(
@@ -112,7 +122,7 @@ def ragged_paged_attention(
 
     mesh = jax.typeof(q).sharding.mesh
     if implementation is None:
-        implementation = default_implementation(_default_device() if mesh.empty else mesh.abstract_device)
+        implementation = default_implementation(mesh.abstract_device or _default_device())
 
     def attend(*arrays):
         return implementation(*arrays, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
@@ -126,8 +136,11 @@ def ragged_paged_attention(
     heads, kv_heads = P(None, q_axes, None), P(None, kv_axes, None)
     cache = P(None, kv_axes, None, None)
     per_head_specs = P(q_axes), P(kv_axes), P(kv_axes)
+    there: Any = mesh
+    if not isinstance(q, jax.core.Tracer):
+        there = q.sharding.mesh  # type: ignore[attr-defined]  # eagerly: the mesh of real devices
     per_head = [
-        x if x is None else jax.reshard(x, NamedSharding(mesh, spec))
+        x if x is None else jax.reshard(x, NamedSharding(there, spec))
         for x, spec in zip(per_head, per_head_specs, strict=True)
     ]
     return jax.shard_map(

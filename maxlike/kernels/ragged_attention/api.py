@@ -1,7 +1,7 @@
 """The public function: checks its arguments, and splits the heads over the mesh."""
 
-import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ def ragged_attention(
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention inside each sequence of a ragged batch.
 
@@ -28,7 +29,7 @@ def ragged_attention(
     n reads KV head n // (N / K). Tokens outside every sequence (the padding from row_offsets[S] on) get zeros
     and give zero gradients, whatever they hold.
 
-    Differentiable in q, k and v. Memory is linear in T, forward and backward; time grows with the sum of the
+    Differentiable in q, k, v and sinks. Memory is linear in T, forward and backward; time grows with the sum of the
     sequences' squared lengths (or length times window), not with T squared. Forward:
     FlashAttention, https://arxiv.org/abs/2205.14135; backward: https://arxiv.org/abs/2307.08691.
 
@@ -44,6 +45,8 @@ def ragged_attention(
       scale: factor on the scores, usually 1 / sqrt(H).
       sliding_window: how many positions a token sees, itself included; None for all.
       soft_cap: bound on the scores' magnitude; None for none.
+      sinks: float32[N], of each query head one more score, neither scaled nor capped, that takes part in the softmax
+        and has no value (gpt-oss); None for none. Sharded as the heads of q.
 
     Returns:
       float[T, N, H] in q's dtype, sharded as q.
@@ -52,28 +55,28 @@ def ragged_attention(
       ValueError: shapes or shardings do not fit together, or a window or a cap is not positive.
     """
     row_offsets = jnp.asarray(row_offsets)
-    _check(q, k, v, row_offsets, sliding_window, soft_cap)
-    attend = functools.partial(blockwise_attention, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
+    _check(q, k, v, row_offsets, sliding_window, soft_cap, sinks)
+    options: dict[str, Any] = dict(scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
     mesh = jax.typeof(q).sharding.mesh
     # Axes that are Manual already belong to a shard_map around us: what we see is one shard of theirs.
     axes = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
     if not axes:
-        return attend(q, k, v, row_offsets)
+        return blockwise_attention(q, k, v, row_offsets, sinks=sinks, **options)
     q_spec, kv_spec = _head_specs(q, k, v, mesh)
     # The custom derivative is inside the shard_map, so that it is shard_map's own transpose that sums the
     # gradients of k and v over the shards that share them.
     sharded = jax.shard_map(
-        attend,
+        lambda q, k, v, row_offsets, sinks: blockwise_attention(q, k, v, row_offsets, sinks=sinks, **options),
         mesh=mesh,
-        in_specs=(q_spec, kv_spec, kv_spec, jax.P()),
+        in_specs=(q_spec, kv_spec, kv_spec, jax.P(), jax.P(q_spec[1])),
         out_specs=q_spec,
         axis_names=axes,
         check_vma=False,
     )
-    return sharded(q, k, v, row_offsets)
+    return sharded(q, k, v, row_offsets, sinks)
 
 
-def _check(q, k, v, row_offsets, sliding_window, soft_cap):
+def _check(q, k, v, row_offsets, sliding_window, soft_cap, sinks):
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or k.shape[::2] != q.shape[::2]:
         raise ValueError(
             f"q, k and v have shapes {q.shape}, {k.shape} and {v.shape}; expected [T, N, H], [T, K, H] and [T, K, H]"
@@ -92,6 +95,8 @@ def _check(q, k, v, row_offsets, sliding_window, soft_cap):
         raise ValueError(f"sliding_window is {sliding_window}; expected at least 1, or None for no window")
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap is {soft_cap}; expected a positive number, or None for no cap")
+    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.dtype != jnp.float32):
+        raise ValueError(f"sinks is {sinks.dtype}{list(sinks.shape)}; expected float32[{q.shape[1]}], or None")
 
 
 def _head_specs(q, k, v, mesh):

@@ -37,6 +37,7 @@ def blockwise_attention(
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """`ragged_attention` on one device; the arguments are documented there."""
     position = jnp.arange(len(q), dtype=jnp.int32)
@@ -52,16 +53,16 @@ def blockwise_attention(
     def blank(x):
         return jnp.where(inside[:, None, None], x, 0)
 
-    return blank(_attend(blank(q), blank(k), blank(v), first_visible, scale, soft_cap))
+    return blank(_attend(blank(q), blank(k), blank(v), sinks, first_visible, scale, soft_cap))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q, k, v, first_visible, scale, soft_cap):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q, k, v, sinks, first_visible, scale, soft_cap):
     """Attention where the query at p sees keys first_visible[p] .. p; anything finite where it sees none."""
-    return _forward(q, k, v, first_visible, scale, soft_cap)[0]
+    return _forward(q, k, v, sinks, first_visible, scale, soft_cap)[0]
 
 
-def _forward(q, k, v, first_visible, scale, soft_cap):
+def _forward(q, k, v, sinks, first_visible, scale, soft_cap):
     dot = _dot_for(q.dtype)
     queries, keys, values = _to_blocks(q, k), _to_blocks(k, k), _to_blocks(v, k)
     first_visible = _visible_blocks(first_visible)
@@ -82,17 +83,19 @@ def _forward(q, k, v, first_visible, scale, soft_cap):
 
         acc = jnp.zeros((len(queries), queries.shape[1] // len(first), len(first), queries.shape[2]))
         start = jnp.full(acc.shape[:-1], _HIDDEN), jnp.zeros(acc.shape[:-1]), acc
+        if sinks is not None:  # a first score, with no value
+            start = jnp.broadcast_to(_by_group(sinks, k), acc.shape[:-1]), jnp.ones(acc.shape[:-1]), acc
         top, total, acc = lax.fori_loop(first.min() // len(first), index + 1, visit, start)
         total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)  # zero where no block was visited
         return _flat(acc / total[..., None]), top + jnp.log(total)
 
     out, log_total = lax.map(query_block, (jnp.arange(len(queries)), queries, first_visible))
     out = _from_blocks(out, q)
-    return out, (q, k, v, first_visible, out, log_total)
+    return out, (q, k, v, sinks, first_visible, out, log_total)
 
 
 def _backward(scale, soft_cap, saved, d_out):
-    q, k, v, first_visible, out, log_total = saved
+    q, k, v, sinks, first_visible, out, log_total = saved
     dot = _dot_for(q.dtype)
     queries, keys, values = _to_blocks(q, k), _to_blocks(k, k), _to_blocks(v, k)
     d_outs = _to_blocks(d_out, k)
@@ -123,10 +126,18 @@ def _backward(scale, soft_cap, saved, d_out):
         (jnp.arange(len(queries)), queries, first_visible, log_total, d_outs, delta),
     )
     d_q, d_k, d_v = _from_blocks(d_queries * scale, q), _from_blocks(d_keys * scale, k), _from_blocks(d_values, v)
-    return d_q, d_k, d_v, None
+    d_sinks = None
+    if sinks is not None:  # its value is zero, so that of the derivative of its score only -delta is left
+        d_sinks = -(jnp.exp(_by_group(sinks, k) - log_total) * delta).sum((0, 3)).reshape(-1)
+    return d_q, d_k, d_v, d_sinks, None
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _by_group(sinks, k):
+    """float32[N] -> [K, G, 1]."""
+    return sinks.reshape(k.shape[1], -1, 1)
 
 
 def _scores(dot, queries, keys, scale, soft_cap):

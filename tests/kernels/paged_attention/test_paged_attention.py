@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+import types
 
 import hypothesis
 import hypothesis.strategies as st
@@ -13,7 +14,7 @@ from jax import P, lax
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 
-from maxlike.kernels.paged_attention import api, ragged_paged_attention
+from maxlike.kernels.paged_attention import Xla, api, ragged_paged_attention
 from maxlike.kernels.paged_attention.cases import CASES, Case, check, make_inputs
 
 STATIC = ("scale", "sliding_window", "soft_cap", "implementation")
@@ -128,40 +129,42 @@ def test_sharding_that_splits_a_group_is_refused(devices):
 LAYERS = 3
 
 
-def unrolled(q, k, v, pages, *batch, pages_per_layer):
+def unrolled(q, k, v, pages, batch, pages_per_layer):
     for layer in range(LAYERS):
-        out, pages = ragged_paged_attention(q, k, v, pages, *batch, first_page=layer * pages_per_layer, scale=0.1)
+        out, pages = ragged_paged_attention(q, k, v, pages, first_page=layer * pages_per_layer, scale=0.1, **batch)
         q, k, v = q + out, k + out[:, :2], v - out[:, :2]  # the next layer's input comes from this one's output
     return q, pages
 
 
-def scanned(q, k, v, pages, *batch, pages_per_layer):
+def scanned(q, k, v, pages, batch, pages_per_layer):
     def body(carry, layer):
         q, k, v, pages = carry
-        out, pages = ragged_paged_attention(q, k, v, pages, *batch, first_page=layer * pages_per_layer, scale=0.1)
+        out, pages = ragged_paged_attention(q, k, v, pages, first_page=layer * pages_per_layer, scale=0.1, **batch)
         return (q + out, k + out[:, :2], v - out[:, :2], pages), None
 
     (q, _, _, pages), _ = lax.scan(body, (q, k, v, pages), jnp.arange(LAYERS))
     return q, pages
 
 
-# jax 0.10 upcasts a whole bfloat16 cache on CPU at each scatter: there the cache is float32.
+# jax 0.10 upcasts a whole bfloat16 cache on CPU at each scatter, and every jax a whole float8 cache.
 OLD_JAX = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11)
 
 
 @pytest.mark.parametrize(
-    "cache_dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.skipif(OLD_JAX, reason="upcast on CPU"))]
+    "cache_dtype",
+    ["float32", "int8", pytest.param("bfloat16", marks=pytest.mark.skipif(OLD_JAX, reason="upcast on CPU"))],
 )
 def test_cache_is_never_copied(cache_dtype):
     case = Case("layers", ((0, 1), (0, 33), (0, 15)), head_dim=16, cache_dtype=cache_dtype)
     inputs = make_inputs(case)
     pages_per_layer = 2**24 // inputs["pages"][0].size // LAYERS
-    names = ("q", "k", "v", "pages", "cache_lengths", "page_table", "row_offsets")
+    poison = -128 if cache_dtype == "int8" else np.nan
+    names = ("cache_lengths", "page_table", "row_offsets", "k_scale", "v_scale")
     results = []
     for layers in (unrolled, scanned):
         shape = (LAYERS * pages_per_layer, *inputs["pages"].shape[1:])
-        arrays = jax.device_put(inputs | dict(pages=np.full(shape, np.nan, cache_dtype)))
-        arrays = [arrays[name] for name in names]
+        arrays = jax.device_put(inputs | dict(pages=np.full(shape, poison, cache_dtype)))
+        arrays = [*(arrays[name] for name in ("q", "k", "v", "pages")), {name: arrays[name] for name in names}]
         cache_bytes = arrays[3].nbytes
         step = jax.jit(layers, static_argnames="pages_per_layer", donate_argnums=3)
         step = step.lower(*arrays, pages_per_layer=pages_per_layer).compile()
@@ -339,6 +342,12 @@ def test_implementation_is_chosen_by_the_platform_compiled_for(devices, monkeypa
             jax.eval_shape(lambda x: ragged_paged_attention(**x, scale=1.0), inputs)
     assert [device.platform for device in asked] == ["cpu", "tpu", jax.default_backend()]
     assert asked[1].device_kind == "TPU v6 lite"
+
+
+def test_a_missing_kernel_is_told_with_the_device():
+    device = types.SimpleNamespace(platform="tpu", device_kind="TPU v6 lite")
+    assert api.choose_implementation(device) == (Xla(), "there is no kernel for TPU v6 lite yet")
+    assert api.choose_implementation(jax.devices("cpu")[0]) == (Xla(), "")
 
 
 def test_check_can_fail():

@@ -72,7 +72,7 @@ def offsets_of(*offsets):
     return np.int32(offsets + (ROWS + 1 - len(offsets)) * offsets[-1:])
 
 
-def written_out(q, k, v, offsets, *, scale, sliding_window, soft_cap):
+def written_out(q, k, v, offsets, *, scale, sliding_window, soft_cap, sinks=None):
     """One token and one head at a time, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros(q.shape)
@@ -84,12 +84,14 @@ def written_out(q, k, v, offsets, *, scale, sliding_window, soft_cap):
                 scores = scale * k[first : p + 1, n // group] @ q[p, n]
                 if soft_cap is not None:
                     scores = soft_cap * np.tanh(scores / soft_cap)
-                weights = np.exp(scores - scores.max())
-                out[p, n] = weights @ v[first : p + 1, n // group] / weights.sum()
+                sink = -np.inf if sinks is None else np.float64(sinks[n])
+                weights = np.exp(scores - max(scores.max(), sink))
+                total = weights.sum() + np.exp(sink - max(scores.max(), sink))
+                out[p, n] = weights @ v[first : p + 1, n // group] / total
     return out
 
 
-def dense(q, k, v, offsets, *, scale, sliding_window, soft_cap):
+def dense(q, k, v, offsets, *, scale, sliding_window, soft_cap, sinks=None):
     """With the whole [N, T, T] matrix, for JAX to differentiate."""
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
@@ -101,7 +103,10 @@ def dense(q, k, v, offsets, *, scale, sliding_window, soft_cap):
     visible = (row[:, None] == row) & (position <= position[:, None]) & (position < offsets[-1])
     if sliding_window is not None:
         visible &= position > position[:, None] - sliding_window
-    weights = jnp.where(visible, jax.nn.softmax(jnp.where(visible, scores, -1e30)), 0)
+    scores = jnp.where(visible, scores, -1e30)
+    if sinks is not None:
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:2], 1))], -1)
+    weights = jnp.where(visible, jax.nn.softmax(scores)[..., : len(q)], 0)
     return jnp.einsum("npj,jnh->pnh", weights, v, precision="highest")
 
 
@@ -307,6 +312,50 @@ def test_on_a_mesh(sizes, kv_heads, q_axes, kv_axes, devices):
         assert not re.search(collectives, compiled.as_text())
 
 
+SINKS = {
+    "plain": (PLAIN, (0, 3, 100, 300, TOKENS - 5)),
+    "window and cap": (WINDOW_AND_CAP, (0, 20, TOKENS - 9)),
+    "nothing but padding": (PLAIN, (0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize(("shape", "offsets"), SINKS.values(), ids=SINKS)
+def test_sinks(shape, offsets):
+    q, k, v, d_out = shape.inputs()
+    sinks, offsets = jnp.asarray(np.random.default_rng(0).normal(0, 3, shape.heads), jnp.float32), offsets_of(*offsets)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(attention, *inputs):
+        out, vjp = jax.vjp(lambda q, k, v, s: attention(q, k, v, offsets, sinks=s, **shape.options), *inputs)
+        return out, vjp(d_out)
+
+    out, got = gradients(ragged_attention, q, k, v, sinks)
+    assert_close(out, written_out(q, k, v, offsets, sinks=sinks, **shape.options), 1e-5)
+    for g, e in zip(got, gradients(dense, q, k, v, sinks)[1], strict=True):
+        assert_close(g, e, 1e-4)
+
+
+def test_sinks_on_a_mesh(devices):
+    mesh = explicit_mesh({"kv": 2, "rep": 4}, devices)
+    shape = Shape(40, 8, 2, 16)
+    q, k, v, d_out = shape.inputs()
+    sinks, offsets = jnp.linspace(-3.0, 3.0, 8), offsets_of(0, 7, 30)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(attention, *inputs):
+        out, vjp = jax.vjp(lambda q, k, v, s: attention(q, k, v, offsets, sinks=s, **shape.options), *inputs[:4])
+        return out, *vjp(inputs[4])
+
+    heads = (None, ("kv", "rep"))
+    placed = [place(mesh, x, *axes) for x, axes in ((q, heads), (k, (None, "kv")), (v, (None, "kv")),
+                                                    (sinks, (("kv", "rep"),)), (d_out, heads))]  # fmt: skip
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        got = gradients(ragged_attention, *placed)
+    for g, e in zip(got, gradients(dense, q, k, v, sinks, d_out), strict=True):
+        assert_close(g, e, 1e-4)
+    assert got[-1].sharding.is_equivalent_to(placed[3].sharding, 1)
+
+
 def test_eagerly_on_a_mesh(devices):
     mesh = explicit_mesh({"kv": 1, "rep": 8}, devices)
     q, k, v, d_out = FEW_TOKENS.inputs()
@@ -381,6 +430,8 @@ def test_sharded_tokens_are_refused(devices):
         ({"row_offsets": (2, 2)}, r"int32\[2, 2\]"),
         ({"sliding_window": 0}, "sliding_window is 0; expected at least 1"),
         ({"soft_cap": -1.0}, "soft_cap is -1.0; expected a positive number"),
+        ({"sinks": jnp.zeros(2)}, r"sinks is float32\[2\]; expected float32\[4\]"),
+        ({"sinks": jnp.zeros(4, jnp.bfloat16)}, r"sinks is bfloat16\[4\]; expected float32\[4\]"),
     ],
 )
 def test_mistakes_are_named(change, message):

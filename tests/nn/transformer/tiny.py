@@ -77,13 +77,17 @@ class Tiny:
 def abstract(tiny: Tiny, devices: Mesh | Sequence[jax.Device], *, use_subgraphs: bool = False,
              groups: Sequence[Sequence[int]] | None = None, gemm: bool = False,
              strategy: KVCacheStrategy = KVCacheStrategy.PAGED,
-             return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN) -> DistributedTransformer:
-    """The model put together by hand, its parameters shapes alone."""
+             return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
+             **cache_options: Any) -> DistributedTransformer:
+    """The model put together by hand, its parameters shapes alone; `cache_options` are those of `KVCacheParams`."""
     t = tiny
     mesh = devices if isinstance(devices, Mesh) else make_mesh(
         devices, n_heads=t.n_heads, n_kv_heads=t.n_kv_heads, mlp_dim=t.mlp_dim)
-    params = KVCacheParams(jnp.float32, t.n_kv_heads, t.head_dim, len(t.windows), PAGE_SIZE, strategy,
-                           MAX_SEQ_LEN if strategy == KVCacheStrategy.CONTINUOUS else None)
+    cache_options.setdefault("dtype", jnp.float32)
+    params = KVCacheParams(
+        n_kv_heads=t.n_kv_heads, head_dim=t.head_dim, n_layers=len(t.windows), page_size=PAGE_SIZE,
+        cache_strategy=strategy, max_seq_len=MAX_SEQ_LEN if strategy == KVCacheStrategy.CONTINUOUS else None,
+        **cache_options)
     fetch = (FetchPagedKVCacheCollection if strategy == KVCacheStrategy.PAGED
              else FetchContinuousBatchingKVCacheCollection)
 
@@ -119,11 +123,13 @@ def build(tiny: Tiny, devices: Mesh | Sequence[jax.Device], **options: Any) -> D
     return model
 
 
-def plain_logits(tiny: Tiny, weights: dict[str, Any], tokens: Any, xp: Any = np) -> Any:
+def plain_logits(tiny: Tiny, weights: dict[str, Any], tokens: Any, xp: Any = np,
+                 cached: list[tuple[Any, Any]] | None = None) -> Any:
     """`[S, L] -> [S, L, V]`: all logits of S sequences, padded behind (a causal model does not look there).
 
     Dense masked attention, one head after the other in the mind of the reader. `xp` is `numpy`, and the numbers
-    are float64, or `jax.numpy`, and they are float32 and differentiable.
+    are float64, or `jax.numpy`, and they are float32 and differentiable. `cached` gets each layer's keys and values,
+    `[S, L, K, H]`, as a cache would.
     """
     w = {name: xp.asarray(value, np.float64 if xp is np else np.float32) for name, value in weights.items()}
     S, L = tokens.shape
@@ -145,7 +151,10 @@ def plain_logits(tiny: Tiny, weights: dict[str, Any], tokens: Any, xp: Any = np)
         h = norm(x, w[f"layers.{i}.attention_norm.weight"])
         q, k, v = (product(h, f"attention.{name}_proj").reshape(S, L, -1, H) for name in "qkv")
         theta = WINDOW_THETA if window else THETA
-        q, k, v = rotate(q, theta), xp.repeat(rotate(k, theta), group, 2), xp.repeat(v, group, 2)
+        q, k = rotate(q, theta), rotate(k, theta)
+        if cached is not None:
+            cached.append((k, v))
+        k, v = xp.repeat(k, group, 2), xp.repeat(v, group, 2)
         scores = xp.einsum("slnh,smnh->snlm", q, k) / np.sqrt(H)
         back = np.arange(L)[:, None] - np.arange(L)
         scores = xp.where((back >= 0) & (back < (window or L)), scores, -np.inf)
@@ -178,9 +187,10 @@ def ragged(tokens: np.ndarray, begin: Sequence[int], new: Sequence[int]) -> tupl
 
 
 def garbage_cache(model: DistributedTransformer, n_pages: int) -> jax.Array:
-    """A cache full of NaN."""
+    """A cache full of NaN, or of -128, which int8 has instead."""
     params = model.kv_params
-    return jax.device_put(np.full(params.shape(n_pages, "cpu"), np.nan, np.float32), params.sharding(model.mesh))
+    garbage = -128 if params.dtype == jnp.int8 else np.nan
+    return jax.device_put(np.full(params.shape(n_pages, "cpu"), garbage, params.dtype), params.sharding(model.mesh))
 
 
 def page_table(strategy: KVCacheStrategy, n_sequences: int) -> np.ndarray:
