@@ -1,4 +1,4 @@
-"""The Hopper kernels without a GPU: lowered for every case, interpreted against the reference, and what they refuse."""
+"""The Hopper kernels: lowered for every case, interpreted (or run) against the reference, and what they refuse."""
 
 import dataclasses
 
@@ -99,10 +99,13 @@ def test_the_cache_is_written_in_place_and_read_as_it_is():
     assert makers <= {"stablehlo.scatter"}, makers
 
 
-# --- Numbers, in interpret mode
+# --- Numbers, on a Hopper GPU where there is one, else in interpret mode
 
 
-def interpreted(**options):
+def runnable(**options):
+    device = jax.devices()[0]
+    if device.platform == "gpu" and device.compute_capability == "9.0":
+        return MosaicGpu()
     # Few multiprocessors: few thread blocks to interpret, and long sequences are cut all the same.
     return MosaicGpu(multiprocessors=2, interpret=plgpu.InterpretGPUParams(**options))
 
@@ -129,7 +132,7 @@ AT_ONCE = {
 )
 def test_equals_reference(case):
     inputs = make_inputs(case)
-    check(case, inputs, *attend(**inputs, **case.options(), implementation=interpreted()))
+    check(case, inputs, *attend(**inputs, **case.options(), implementation=runnable()))
 
 
 def test_cases_to_run_at_once_exist():
@@ -145,7 +148,7 @@ def test_no_races(stages, cache_dtype):
     rows = ((300, 1), (200, 150), (0, 20), (100, 70))
     case = Case("races", rows, dtype="bfloat16", cache_dtype=cache_dtype, sliding_window=150)
     inputs = make_inputs(case)
-    implementation = dataclasses.replace(interpreted(detect_races=True), stages=stages)  # a race raises
+    implementation = dataclasses.replace(runnable(detect_races=True), stages=stages)  # a race raises
     check(case, inputs, *attend(**inputs, **case.options(), implementation=implementation))
 
 
@@ -160,7 +163,7 @@ def test_no_races(stages, cache_dtype):
 def test_random_raggedness(rows, seed):
     case = Case("random", tuple(rows), sliding_window=100, dtype="bfloat16", cache_dtype="bfloat16")
     inputs = make_inputs(case, seed)
-    check(case, inputs, *attend(**inputs, **case.options(), implementation=interpreted()))
+    check(case, inputs, *attend(**inputs, **case.options(), implementation=runnable()))
 
 
 @needs_new_jax
@@ -171,7 +174,7 @@ def test_float8_takes_queries_beyond_float16():
     inputs = make_inputs(case)
     inputs["q"] = (inputs["q"].astype("float32") * 2e4).astype("bfloat16")
     inputs["q"][:, :, 0] = 1e30  # float16 ends at 65504
-    out, _ = attend(**inputs, **case.options(), implementation=interpreted())
+    out, _ = attend(**inputs, **case.options(), implementation=runnable())
     assert jnp.isfinite(out).all()
 
 
