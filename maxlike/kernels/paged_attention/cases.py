@@ -127,6 +127,22 @@ CASES = (
 )
 
 
+# Batches to time, as `Case.rows`: a few for a CPU; on an accelerator single tokens and whole prompts of many sizes.
+BATCHES: dict[str, tuple[tuple[int, int], ...]] = {
+    "1 decode at 2000": ((2000, 1),),
+    "8 decodes at 50": ((50, 1),) * 8,
+    "8 decodes at 2000": ((2000, 1),) * 8,
+    "prefill of 512": ((0, 512),),
+    "mixed: 7 decodes at 2000, a chunk of 128 at 512": ((2000, 1),) * 7 + ((512, 128),),
+}
+ACCELERATOR_BATCHES: dict[str, tuple[tuple[int, int], ...]] = {
+    f"{n} decodes at {length - 1}": ((length - 1, 1),) * n
+    for n in (1, 4, 16, 64, 256)
+    for length in (1024, 4096, 8192, 32768)
+    if n * length <= 2**21  # 8 GiB of bfloat16 with 8 KV heads of 128
+} | {f"prefill of {n}": ((0, n),) for n in (512, 1024, 2048, 4096, 8192)}
+
+
 def make_inputs(case: Case, seed: int = 0) -> dict[str, Any]:
     """The array arguments of a case, by name. Pass `**case.options()` beside them.
 
