@@ -201,7 +201,7 @@ def _info(args: argparse.Namespace) -> None:
     print(f"weights     {dtype}")
     print(f"KV cache    {kv_params.dtype}, pages of "
           f"{kv_params.page_size} tokens, {kv_params.bytes_per_page(mesh)} bytes a page and device")
-    implementation, why = choose_implementation(mesh.abstract_mesh.abstract_device)
+    implementation, why = choose_implementation(mesh.abstract_mesh.abstract_device, dtype)
     print(f"attention   {type(implementation).__name__} (paged{f': {why}' if why else ''}), "
           "blockwise in plain JAX (without a cache)")
     print(f"families    {', '.join(name for family in FAMILIES for name in family.model_types)}")

@@ -320,7 +320,8 @@ def test_kv_cache_dtype(run: Run, folder: Path, copy: Path) -> None:
 
 
 def test_info_says_why_a_device_gets_no_kernel(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(maxlike.cli, "choose_implementation", lambda device: (Xla(), f"of the {device.platform}"))
+    choose = lambda device, dtype: (Xla(), f"of the {device.platform}")  # noqa: E731
+    monkeypatch.setattr(maxlike.cli, "choose_implementation", choose)
     assert "attention   Xla (paged: of the cpu), blockwise" in run("info", "--model", folder, "--tp", 1).out
 
 

@@ -4,9 +4,9 @@ from maxlike.kernels.paged_attention.api import (
     FLOATS,
     Implementation,
     choose_implementation,
-    default_implementation,
     ragged_paged_attention,
 )
+from maxlike.kernels.paged_attention.mosaic_gpu import MosaicGpu
 from maxlike.kernels.paged_attention.mosaic_tpu import MosaicTpu
 from maxlike.kernels.paged_attention.xla import LARGEST, Xla
 
@@ -14,9 +14,9 @@ __all__ = [
     "FLOATS",
     "LARGEST",
     "Implementation",
+    "MosaicGpu",
     "MosaicTpu",
     "Xla",
     "choose_implementation",
-    "default_implementation",
     "ragged_paged_attention",
 ]

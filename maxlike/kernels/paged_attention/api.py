@@ -9,6 +9,8 @@ import numpy as np
 from jax import P
 from jax.sharding import AxisType, NamedSharding
 
+from maxlike.kernels.paged_attention import mosaic_gpu
+from maxlike.kernels.paged_attention.mosaic_gpu import MosaicGpu
 from maxlike.kernels.paged_attention.mosaic_tpu import MosaicTpu
 from maxlike.kernels.paged_attention.xla import LARGEST, Xla
 
@@ -43,21 +45,26 @@ class Implementation(Protocol):
         """The arguments of `ragged_paged_attention`, already checked: int32[] first_page, float32 sinks and scales."""
 
 
-def choose_implementation(device: Any) -> tuple[Implementation, str]:
-    """The implementation for a device, or an `AbstractDevice`, and why, where it is not the platform's best.
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+"""GPUs with the instructions that `MosaicGpu` is written for, as they stand in a device's kind."""
 
-    `device` is anything with a `.platform` and a `.device_kind`.
+
+def choose_implementation(device: Any, dtype: jnp.dtype) -> tuple[Implementation, str]:
+    """The implementation for a device and queries of a dtype, and why, where it is plain JAX on an accelerator.
+
+    `device` is a `jax.Device`, or an `AbstractDevice`: anything with a `.platform` and a `.device_kind`.
     """
     if device.platform == "cpu":
         return Xla(), ""
     if device.platform == "tpu":
         return MosaicTpu(), ""
-    return Xla(), f"there is no kernel for {device.device_kind} yet"
-
-
-def default_implementation(device: Any) -> Implementation:
-    """The implementation that `ragged_paged_attention` takes for a device when it is given none."""
-    return choose_implementation(device)[0]
+    if device.platform != "gpu" or not any(name in device.device_kind.split() for name in HOPPER):
+        return Xla(), f"the kernel for GPUs needs a Hopper, one of {', '.join(HOPPER)}; this is {device.device_kind}"
+    if not mosaic_gpu.supported():
+        return Xla(), f"the kernel for Hopper needs jax {mosaic_gpu.OLDEST_JAX}; this is {jax.__version__}"
+    if dtype == jnp.float32:
+        return Xla(), "the tensor cores of a Hopper round float32; its kernel takes bfloat16 and float16"
+    return MosaicGpu(), ""
 
 
 def ragged_paged_attention(
@@ -102,8 +109,8 @@ def ragged_paged_attention(
       k_scale, v_scale: float32[K], for quantised pages. Stored is x / scale, to int8 rounded to the nearest (of two
         to the even one) and clipped to [-127, 127], or clipped to [-448, 448] and cast to float8_e4m3fn; attended to
         is stored * scale. int8 needs them; without them float8_e4m3fn stores x.
-      implementation: None chooses by the platform that is compiled for: that of q's mesh, without a mesh that of
-        the default device.
+      implementation: None takes that of `choose_implementation` for the device that is compiled for: that of q's
+        mesh, without a mesh the default device.
 
     Returns:
       The output [T, N, H] in `q.dtype`, zero at padding tokens, and the pages. What unused pages, slots and lanes
@@ -125,7 +132,7 @@ def ragged_paged_attention(
 
     mesh = jax.typeof(q).sharding.mesh
     if implementation is None:
-        implementation = default_implementation(mesh.abstract_device or _default_device())
+        implementation, _ = choose_implementation(mesh.abstract_device or _default_device(), q.dtype)
 
     def attend(*arrays):
         return implementation(*arrays, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)

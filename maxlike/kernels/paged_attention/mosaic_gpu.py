@@ -59,6 +59,7 @@ from jax import lax
 
 from maxlike.kernels.paged_attention import xla
 
+OLDEST_JAX = "0.11.2"
 ROWS = 64  # of a warpgroup's matrix product
 WAVES = 4  # a batch that decodes is cut into about so many thread blocks for each multiprocessor
 SHARED_MEMORY = 224 * 1024  # bytes to plan with: the 227 KiB of a thread block, less what reductions and barriers take
@@ -668,13 +669,18 @@ def _combine(o, m, l, v_scale, sinks, owner, n_items, S):
     return o * (jnp.repeat(v_scale, G) / total)[..., None]
 
 
+def supported() -> bool:
+    """Whether this jax has the Mosaic GPU that the kernels are written for."""
+    return hasattr(plgpu, "InterpretGPUParams")
+
+
 def _check(q, pages):
     """Raises `ValueError` for what the kernels cannot do."""
     N, H = q.shape[1:]
     _, K, page_size, W = pages.shape
     says = []
-    if not hasattr(plgpu, "InterpretGPUParams"):
-        says.append(f"jax {jax.__version__} is older than 0.11.2, the first whose Mosaic GPU it was written for")
+    if not supported():
+        says.append(f"jax {jax.__version__} is older than {OLDEST_JAX}, the first whose Mosaic GPU it was written for")
     if q.dtype.name not in ("bfloat16", "float16") or pages.dtype.name not in (q.dtype.name, *xla.LARGEST):
         says.append(
             f"q of {q.dtype} with pages of {pages.dtype}: it takes bfloat16 or float16, and pages of the same or of "

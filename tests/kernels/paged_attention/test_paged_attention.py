@@ -14,7 +14,7 @@ from jax import P, lax
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 
-from maxlike.kernels.paged_attention import MosaicTpu, Xla, api, ragged_paged_attention
+from maxlike.kernels.paged_attention import MosaicGpu, MosaicTpu, Xla, api, ragged_paged_attention
 from maxlike.kernels.paged_attention.cases import CASES, Case, check, make_inputs
 
 STATIC = ("scale", "sliding_window", "soft_cap", "implementation")
@@ -330,7 +330,8 @@ def test_implementation_is_called_with_what_the_contract_says(devices):
 
 def test_implementation_is_chosen_by_the_platform_compiled_for(devices, monkeypatch):
     asked = []
-    monkeypatch.setattr(api, "default_implementation", lambda device: asked.append(device) or Told(device.platform))
+    choose = lambda device, dtype: asked.append(device) or (Told(device.platform), "")  # noqa: E731
+    monkeypatch.setattr(api, "choose_implementation", choose)
     tpu = topologies.get_topology_desc("v6e:2x2", platform="tpu").devices
     for mesh in (explicit_mesh(devices[:2], (2,), ("model",)), explicit_mesh(tpu[:2], (2,), ("model",)), None):
         inputs = make_inputs(Case("told", ((3, 1),)))
@@ -344,13 +345,22 @@ def test_implementation_is_chosen_by_the_platform_compiled_for(devices, monkeypa
     assert asked[1].device_kind == "TPU v6 lite"
 
 
-def test_a_missing_kernel_is_told_with_the_device():
-    device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA A100-SXM4-40GB")
-    assert api.choose_implementation(device) == (Xla(), "there is no kernel for NVIDIA A100-SXM4-40GB yet")
-    assert api.choose_implementation(types.SimpleNamespace(platform="tpu", device_kind="TPU v6 lite")) == (
-        MosaicTpu(), "",
-    )  # fmt: skip
-    assert api.choose_implementation(jax.devices("cpu")[0]) == (Xla(), "")
+def test_the_choice_and_its_reason(monkeypatch):
+    def choose(platform, kind, dtype=jnp.bfloat16):
+        return api.choose_implementation(types.SimpleNamespace(platform=platform, device_kind=kind), jnp.dtype(dtype))
+
+    assert choose("cpu", "cpu") == (Xla(), "")
+    assert choose("tpu", "TPU v6 lite", jnp.float32) == (MosaicTpu(), "")
+    implementation, why = choose("gpu", "NVIDIA A100-SXM4-40GB")
+    assert implementation == Xla() and "this is NVIDIA A100-SXM4-40GB" in why
+    monkeypatch.setattr(api.mosaic_gpu, "supported", lambda: True)
+    for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB"):
+        assert choose("gpu", kind) == (MosaicGpu(), "")
+    implementation, why = choose("gpu", "NVIDIA H200", jnp.float32)
+    assert implementation == Xla() and "float32" in why
+    monkeypatch.setattr(api.mosaic_gpu, "supported", lambda: False)
+    implementation, why = choose("gpu", "NVIDIA H200")
+    assert implementation == Xla() and f"needs jax 0.11.2; this is {jax.__version__}" in why
 
 
 def test_check_can_fail():
