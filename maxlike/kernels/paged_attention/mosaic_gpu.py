@@ -14,9 +14,9 @@ the window lets a thread block see are never fetched; in a block that is only pa
 repeat a page that is needed, so that no wild entry of the table is followed. The slots that do not count are then
 hidden in the scores, and their values set to zero in shared memory: they may hold NaN, which zero weights do not hide.
   decode   a row of the product is a query head of the group, up to 64. What a sequence sees is cut into items, so that
-           there are about four thread blocks a multiprocessor; workers take the blocks of an item in turn, each with a
-           softmax of its own. `_combine` joins them in XLA, as one product with a matrix of ones and zeros: it reads
-           them once and always sums in one order, which atomics would not.
+           all multiprocessors have work to the end; workers take the blocks of an item in turn, each with a softmax of
+           its own. `_combine` joins them in XLA, as one product with a matrix of ones and zeros: it reads them once
+           and always sums in one order, which atomics would not.
   prefill  a row is a token. The workers have two heads of the group and the same 64 tokens; where the group is odd,
            one head and 64 tokens each. They share each block. Tiles that end within 64 rows store theirs row by row.
 A chunk of few tokens after a long cache is not cut along the cache: it fills only N / 2 thread blocks for 64 tokens.
@@ -61,7 +61,8 @@ from maxlike.kernels.paged_attention import xla
 
 OLDEST_JAX = "0.11.2"
 ROWS = 64  # of a warpgroup's matrix product
-WAVES = 4  # a batch that decodes is cut into about so many thread blocks for each multiprocessor
+WAVES = 4  # thread blocks that a multiprocessor runs one after the other, at most, where it is cutting that makes them
+START = 2  # what starting a thread block costs, in blocks of K and V read: about 2 microseconds (estimated)
 SHARED_MEMORY = 224 * 1024  # bytes to plan with: the 227 KiB of a thread block, less what reductions and barriers take
 MAX_STAGES = 8
 NO_SCORE = -1e30  # finite: a row that has no score yet then gives exp2(0), wiped out by its first real score
@@ -136,8 +137,7 @@ class MosaicGpu:
         plan = _Plan.make(H, cache.pages.shape[2], cache.pages.dtype, q.dtype, self.stages, decode=True)
         dtype, q = q.dtype, q.at[row_offsets[:-1]].get(mode="clip").reshape(S, K, group, H)
         q = jnp.pad(plan.operand(q), ((0, 0), (0, 0), (0, -group % 8), (0, 0)))  # whole tiles of shared memory
-        n_blocks = -(-WAVES * self.multiprocessors // K)
-        items, owner, n_items = _cut_decode(plan, n_blocks, cache_lengths, row_offsets, window)
+        items, owner, n_items = _cut_decode(plan, K, self.multiprocessors, cache_lengths, row_offsets, window)
 
         def paged_decode(items, pages, table, first_page, to_scores, q, o, m, l, *, o_smem, ml_smem, **scratch):
             index, worker = lax.axis_index("block"), lax.axis_index("worker")
@@ -601,8 +601,8 @@ def _store(ref, x):
         ref[...] = x
 
 
-def _cut_decode(plan, target, cache_lengths, row_offsets, window):
-    """Cuts what sequences with one new token see into about `target` items or one a sequence, whichever is more.
+def _cut_decode(plan, K, multiprocessors, cache_lengths, row_offsets, window):
+    """Cuts what sequences with one new token see into items, of which each makes K thread blocks.
 
     Returns int32[n, 5] (sequence, and a `_Span`: of no blocks in rows that are no item), the column of sequences, and
     the number of items. A sequence's items are of one length, to a block.
@@ -613,10 +613,15 @@ def _cut_decode(plan, target, cache_lengths, row_offsets, window):
     start = jnp.zeros_like(stop) if window is None else jnp.maximum(0, stop - window)
     first = start // plan.block
     blocks = jnp.where(decodes, -(-stop // plan.block) - first, 0)
-    at_most = jnp.maximum(plan.workers, -(-blocks.sum() // target))  # blocks of an item
+    # One multiprocessor runs one thread block at a time. Long items leave some without work in the last wave, short
+    # ones start often: of a few lengths, the one with which the last wave ends first.
+    a_wave = max(1, multiprocessors // K)
+    lengths = jnp.maximum(plan.workers, -(-blocks.sum() // (a_wave * jnp.arange(1, WAVES + 1))))
+    waves = -(-K * (-(-blocks[:, None] // lengths)).sum(axis=0) // multiprocessors)
+    at_most = lengths[jnp.argmin(waves * (jnp.minimum(lengths, blocks.max()) + START))]
     parts = -(-blocks // at_most)
     ends = jnp.cumsum(parts)
-    i = jnp.arange(S + target)
+    i = jnp.arange(S + WAVES * a_wave)
     s = jnp.minimum(jnp.searchsorted(ends, i, side="right", method="compare_all"), S - 1)
     part, n_parts = i - (ends - parts)[s], jnp.maximum(parts[s], 1)
     begin, end = (blocks[s] * p // n_parts for p in (part, part + 1))

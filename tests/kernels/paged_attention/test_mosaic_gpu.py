@@ -7,13 +7,14 @@ import hypothesis.strategies as st
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import P
 from jax.sharding import AxisType, NamedSharding
 
 from maxlike.kernels.paged_attention import ragged_paged_attention
 from maxlike.kernels.paged_attention.cases import CASES, Case, check, make_inputs
-from maxlike.kernels.paged_attention.mosaic_gpu import MosaicGpu
+from maxlike.kernels.paged_attention.mosaic_gpu import MosaicGpu, _cut_decode, _Plan
 
 NEW_JAX = hasattr(plgpu, "InterpretGPUParams")  # from 0.11.2
 needs_new_jax = pytest.mark.skipif(not NEW_JAX, reason="jax before 0.11.2: the kernels are refused")
@@ -97,6 +98,35 @@ def test_the_cache_is_written_in_place_and_read_as_it_is():
               if " = " in line and line.rstrip().endswith(f"tensor<{cache}>")}  # fmt: skip
     assert "tf.aliasing_output" in text
     assert makers <= {"stablehlo.scatter"}, makers
+
+
+# --- The division of work
+
+
+@hypothesis.given(
+    rows=st.lists(st.tuples(st.integers(0, 40000), st.integers(0, 3)), min_size=8, max_size=8),
+    kv_heads=st.sampled_from([1, 8, 200]),
+    window=st.sampled_from([None, 1, 700]),
+)
+def test_items_cover_what_is_seen_once(rows, kv_heads, window):
+    plan = _Plan.make(128, 64, jnp.dtype("bfloat16"), jnp.dtype("bfloat16"), None, decode=True)
+    cached, new = np.array(rows, np.int32).T
+    offsets = jnp.asarray(np.concatenate([[0], np.cumsum(new)]), jnp.int32)
+    items, owner, n_items = map(np.asarray, _cut_decode(plan, kv_heads, 132, jnp.asarray(cached), offsets, window))
+    expected = []
+    for s in np.flatnonzero(new == 1):
+        first = 0 if window is None else max(0, cached[s] + 1 - window)
+        expected += [(s, block) for block in range(first // 64, cached[s] // 64 + 1)]
+    assert [(s, first + i) for s, first, n, *_ in items for i in range(n)] == expected
+    assert (items[:, 2] > 0).sum() == n_items <= len(items) and (owner == items[:, 0]).all()
+
+
+def test_long_sequences_are_cut_for_all_multiprocessors():
+    plan = _Plan.make(128, 64, jnp.dtype("bfloat16"), jnp.dtype("bfloat16"), None, decode=True)
+    for n, length in ((1, 32768), (4, 4096), (17, 4096), (33, 4096), (256, 1024)):
+        items, _, n_items = _cut_decode(plan, 8, 132, jnp.full(n, length - 1), jnp.arange(n + 1), None)
+        waves = -(-8 * int(n_items) // 132)
+        assert n * (length // 64) * 8 / 132 / (waves * int(items[:, 2].max())) > 0.7, (n, length)
 
 
 # --- Numbers, on a Hopper GPU where there is one, else in interpret mode
