@@ -6,7 +6,6 @@ from maxlike.kernels.paged_attention.api import (
     choose_implementation,
     ragged_paged_attention,
 )
-from maxlike.kernels.paged_attention.mosaic_gpu import MosaicGpu
 from maxlike.kernels.paged_attention.mosaic_tpu import MosaicTpu
 from maxlike.kernels.paged_attention.xla import LARGEST, Xla
 
@@ -14,7 +13,6 @@ __all__ = [
     "FLOATS",
     "LARGEST",
     "Implementation",
-    "MosaicGpu",
     "MosaicTpu",
     "Xla",
     "choose_implementation",

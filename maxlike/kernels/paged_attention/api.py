@@ -9,8 +9,6 @@ import numpy as np
 from jax import P
 from jax.sharding import AxisType, NamedSharding
 
-from maxlike.kernels.paged_attention import mosaic_gpu
-from maxlike.kernels.paged_attention.mosaic_gpu import MosaicGpu
 from maxlike.kernels.paged_attention.mosaic_tpu import MosaicTpu
 from maxlike.kernels.paged_attention.xla import LARGEST, Xla
 
@@ -60,11 +58,14 @@ def choose_implementation(device: Any, dtype: jnp.dtype) -> tuple[Implementation
         return MosaicTpu(), ""
     if device.platform != "gpu" or not any(name in device.device_kind.split() for name in HOPPER):
         return Xla(), f"the kernel for GPUs needs a Hopper, one of {', '.join(HOPPER)}; this is {device.device_kind}"
+    # jax's Mosaic GPU sets environment variables when it is imported: only for those who have the GPU.
+    from maxlike.kernels.paged_attention import mosaic_gpu
+
     if not mosaic_gpu.supported():
         return Xla(), f"the kernel for Hopper needs jax {mosaic_gpu.OLDEST_JAX}; this is {jax.__version__}"
     if dtype == jnp.float32:
         return Xla(), "the tensor cores of a Hopper round float32; its kernel takes bfloat16 and float16"
-    return MosaicGpu(), ""
+    return mosaic_gpu.MosaicGpu(), ""
 
 
 def ragged_paged_attention(

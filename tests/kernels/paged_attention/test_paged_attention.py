@@ -14,7 +14,7 @@ from jax import P, lax
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 
-from maxlike.kernels.paged_attention import MosaicGpu, MosaicTpu, Xla, api, ragged_paged_attention
+from maxlike.kernels.paged_attention import MosaicTpu, Xla, api, mosaic_gpu, ragged_paged_attention
 from maxlike.kernels.paged_attention.cases import CASES, Case, check, make_inputs
 
 STATIC = ("scale", "sliding_window", "soft_cap", "implementation")
@@ -353,12 +353,12 @@ def test_the_choice_and_its_reason(monkeypatch):
     assert choose("tpu", "TPU v6 lite", jnp.float32) == (MosaicTpu(), "")
     implementation, why = choose("gpu", "NVIDIA A100-SXM4-40GB")
     assert implementation == Xla() and "this is NVIDIA A100-SXM4-40GB" in why
-    monkeypatch.setattr(api.mosaic_gpu, "supported", lambda: True)
+    monkeypatch.setattr(mosaic_gpu, "supported", lambda: True)
     for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB"):
-        assert choose("gpu", kind) == (MosaicGpu(), "")
+        assert choose("gpu", kind) == (mosaic_gpu.MosaicGpu(), "")
     implementation, why = choose("gpu", "NVIDIA H200", jnp.float32)
     assert implementation == Xla() and "float32" in why
-    monkeypatch.setattr(api.mosaic_gpu, "supported", lambda: False)
+    monkeypatch.setattr(mosaic_gpu, "supported", lambda: False)
     implementation, why = choose("gpu", "NVIDIA H200")
     assert implementation == Xla() and f"needs jax 0.11.2; this is {jax.__version__}" in why
 
