@@ -57,6 +57,12 @@ def topology_mesh(name: str, axes: dict[str, int]) -> Mesh:
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types, devices=devices)
 
 
+def one_device_mesh(name: str) -> Mesh:
+    """A mesh of one Explicit axis, `"model"`, over the first device of a TPU topology."""
+    devices = topologies.get_topology_desc(name, platform="tpu").devices[:1]
+    return jax.make_mesh((1,), ("model",), axis_types=(AxisType.Explicit,), devices=devices)
+
+
 def loop_bodies(text: str) -> list[str]:
     """The bodies of the program's scans that run a collective, each in schedule order with all that it calls.
 

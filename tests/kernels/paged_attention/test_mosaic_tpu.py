@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 
 from maxlike.kernels.paged_attention import MosaicTpu, ragged_paged_attention
 from maxlike.kernels.paged_attention.cases import CASES, Case, check, make_inputs
-from tests.tpu_compile import requires_libtpu, topology_mesh
+from tests.tpu_compile import one_device_mesh, requires_libtpu
 
 STATIC = ("scale", "sliding_window", "soft_cap", "implementation")
 attend = jax.jit(ragged_paged_attention, static_argnames=STATIC, donate_argnames="pages")
@@ -200,14 +200,8 @@ LATER = ["v4:2x2x1", "tpu7x:2x2x1"]
 
 
 @functools.cache
-def one_device(topology: str) -> jax.sharding.Mesh:
-    mesh = topology_mesh(topology, {"model": 4})
-    return jax.sharding.Mesh(mesh.devices[:1], ("model",), axis_types=mesh.axis_types)
-
-
-@functools.cache
 def compiled(topology: str, shapes: tuple, options: tuple) -> jax.stages.Compiled:
-    mesh = one_device(topology)
+    mesh = one_device_mesh(topology)
     replicated = NamedSharding(mesh, P())
     arrays = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=replicated) for name, shape, dtype in shapes}
 
