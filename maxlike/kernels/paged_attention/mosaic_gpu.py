@@ -412,7 +412,8 @@ class _Plan:
         swizzle = self._swizzle(dtype)
         if swizzle is None:
             return ()
-        return plgpu.TilingTransform((8, swizzle // dtype.itemsize)), plgpu.SwizzleTransform(swizzle)
+        tiling = plgpu.TilingTransform((8, swizzle // dtype.itemsize))  # type: ignore[abstract]  # so jax 0.12 has it
+        return tiling, plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
 
     def operand(self, q):
         """q as the matrix products take it."""
