@@ -18,7 +18,7 @@ import jax
 import maxlike
 from maxlike.engine.generate import Figures, check_prompt, generate
 from maxlike.engine.sampling import SamplingParams
-from maxlike.kernels.paged_attention import choose_implementation
+from maxlike.kernels.paged_attention import IMPLEMENTATIONS, choose_implementation, implementation_named
 from maxlike.mesh import check_tensor_parallel_size
 from maxlike.models.build import compute_dtype, default_kv_params, mesh_for
 from maxlike.models.checkpoint import load_model
@@ -92,13 +92,19 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tp", type=int, metavar="N", help="tensor-parallel size; default: as many devices as the "
                         "model's heads allow")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the checkpoint's")
+    parser.add_argument("--attention", choices=IMPLEMENTATIONS, help="implementation of attention over the KV cache; "
+                        "default: the devices' own, as `maxlike info` tells")
+
+
+def _present() -> list[jax.Device]:
+    try:
+        return jax.devices()
+    except RuntimeError as error:
+        raise ValueError(f"JAX finds no device to run on: {error}") from error
 
 
 def _mesh(config: TransformerConfig, tp: int | None) -> jax.sharding.Mesh:
-    try:
-        present = jax.devices()
-    except RuntimeError as error:
-        raise ValueError(f"JAX finds no device to run on: {error}") from error
+    present = _present()
     if tp is None:
         return mesh_for(config)
     check_tensor_parallel_size(tp, config.num_attention_heads, config.num_key_value_heads,
@@ -125,7 +131,8 @@ def _generate(args: argparse.Namespace) -> None:
     check_prompt(prompt, config.vocab_size, config.max_position_embeddings)  # before the weights, which take a while
 
     start = time.perf_counter()
-    model = load_model(config, folder, devices=mesh, dtype=args.dtype, kv_cache_dtype=args.kv_cache_dtype)
+    model = load_model(config, folder, devices=mesh, dtype=args.dtype, kv_cache_dtype=args.kv_cache_dtype,
+                       implementation=args.attention and implementation_named(args.attention))
     jax.block_until_ready(jax.tree.leaves(model))
     load_s = time.perf_counter() - start
     figures = Figures()
@@ -186,9 +193,10 @@ def _describe(mesh: jax.sharding.Mesh) -> str:
 
 
 def _info(args: argparse.Namespace) -> None:
+    present = _present()
     print(f"maxlike {maxlike.__version__}, jax {jax.__version__}, flax {flax.__version__}")
     print(f"platform    {jax.default_backend()}")
-    print(f"devices     {', '.join(f'{d} ({d.device_kind})' for d in jax.devices())}")
+    print(f"devices     {', '.join(f'{d} ({d.device_kind})' for d in present)}")
     folder = resolve(args.model)
     config, _ = parse_config(folder)
     mesh = _mesh(config, args.tp)
@@ -202,6 +210,8 @@ def _info(args: argparse.Namespace) -> None:
     print(f"KV cache    {kv_params.dtype}, pages of "
           f"{kv_params.page_size} tokens, {kv_params.bytes_per_page(mesh)} bytes a page and device")
     implementation, why = choose_implementation(mesh.abstract_mesh.abstract_device, dtype)
+    if args.attention is not None:
+        implementation, why = implementation_named(args.attention), "asked for"
     print(f"attention   {type(implementation).__name__} (paged{f': {why}' if why else ''}), "
           "blockwise in plain JAX (without a cache)")
     print(f"families    {', '.join(name for family in FAMILIES for name in family.model_types)}")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import importlib.util
 import json
 import os
@@ -32,11 +31,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from maxlike.kernels.paged_attention.api import ragged_paged_attention
+from maxlike.kernels.paged_attention import IMPLEMENTATIONS, implementation_named, ragged_paged_attention
 from maxlike.kernels.paged_attention.cases import ACCELERATOR_BATCHES, BATCHES
+from maxlike.nn.kv_cache import KVCacheParams
 
 Rows = Sequence[tuple[int, int]]  # (tokens in the cache, new tokens) of each sequence
-IMPLEMENTATIONS = {"xla": "Xla", "mosaic_gpu": "MosaicGpu", "mosaic_tpu": "MosaicTpu"}
 
 
 def prepare(rows: Rows, table_width: int, n_heads: int, steps: int, args: argparse.Namespace) -> Callable[[], float]:
@@ -49,7 +48,9 @@ def prepare(rows: Rows, table_width: int, n_heads: int, steps: int, args: argpar
     q, k, v = (jnp.asarray(rng.standard_normal((n_tokens, n, args.head_dim), np.float32), args.dtype)
                for n in (n_heads, args.kv_heads, args.kv_heads))
     # Numbers as they come, and not zeros: a GPU's clock falls with the bits that change. Some pages, again and again.
-    some = rng.standard_normal((min(n_pages, 64), args.kv_heads, args.page_size, 2 * args.head_dim), np.float32)
+    params = KVCacheParams(jnp.float32, args.kv_heads, args.head_dim, 1, page_size=args.page_size)
+    shape = params.shape(min(n_pages, 64), jax.default_backend())
+    some = rng.standard_normal(shape, np.float32)
     pages = jnp.asarray(some, args.cache_dtype)[np.arange(n_pages) % len(some)]
     offsets = np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
     batch = jax.device_put((q, k, v, cached, table, offsets))
@@ -60,7 +61,7 @@ def prepare(rows: Rows, table_width: int, n_heads: int, steps: int, args: argpar
         def step(_, carry):
             return ragged_paged_attention(
                 carry[0], k, v, carry[1], cached, table, offsets, scale=args.head_dim**-0.5, **scales,
-                implementation=args.implementation and load(args.implementation),
+                implementation=args.implementation and implementation_named(args.implementation),
             )  # fmt: skip
 
         return lax.fori_loop(0, steps, step, (q, pages))
@@ -75,11 +76,6 @@ def prepare(rows: Rows, table_width: int, n_heads: int, steps: int, args: argpar
         return (time.perf_counter() - start) / steps
 
     return run
-
-
-def load(name: str) -> Any:
-    """The implementation of that name."""
-    return getattr(importlib.import_module(f"maxlike.kernels.paged_attention.{name}"), IMPLEMENTATIONS[name])()
 
 
 def peers(rows: Rows, n_heads: int, steps: int, args: argparse.Namespace) -> dict[str, Callable[[], float]]:

@@ -325,6 +325,16 @@ def test_info_says_why_a_device_gets_no_kernel(run: Run, folder: Path, monkeypat
     assert "attention   Xla (paged: of the cpu), blockwise" in run("info", "--model", folder, "--tp", 1).out
 
 
+def test_attention_by_name(run: Run, folder: Path) -> None:
+    asked = run("info", "--model", folder, "--tp", 1, "--attention", "mosaic_tpu")
+    assert "attention   MosaicTpu (paged: asked for), blockwise" in asked.out
+    # The kernel for TPU is really taken: it refuses the platform.
+    refused = run(*generate(folder, "--prompt-ids", IDS, "--attention", "mosaic_tpu"))
+    assert refused.code == 2 and "runs on TPUs" in refused.err and refused.err.count("\n") == 1
+    assert run(*generate(folder, "--prompt-ids", IDS, "--attention", "xla")).code == 0
+    assert run("info", "--attention", "fast").code == 2
+
+
 def test_info(run: Run, folder: Path) -> None:
     shown = run("info", "--model", folder, "--dtype", "bfloat16")
     assert (shown.code, shown.err) == (0, "")

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from maxlike.kernels.paged_attention import LARGEST
+from maxlike.kernels.paged_attention import LARGEST, Implementation
 from maxlike.mesh import Devices, ShardingRules
 from maxlike.models.build import build_model, compute_dtype, default_kv_params, mesh_for
 from maxlike.models.config import TransformerConfig
@@ -40,7 +40,8 @@ _CPU_ALIGNMENT = 64  # bytes; XLA:CPU adopts a host buffer so aligned instead of
 
 def load(model: str | os.PathLike[str], *, devices: Devices | None = None, dtype: DTypeLike | None = None,
          use_subgraphs: bool | None = None, return_logits: ReturnLogits = ReturnLogits.LAST_TOKEN,
-         kv_cache_dtype: DTypeLike | None = None, kv_scales: KVScales | None = None) -> DistributedTransformer:
+         kv_cache_dtype: DTypeLike | None = None, kv_scales: KVScales | None = None,
+         implementation: Implementation | None = None) -> DistributedTransformer:
     """A ready model from a Hugging Face checkpoint.
 
     Args:
@@ -51,6 +52,7 @@ def load(model: str | os.PathLike[str], *, devices: Devices | None = None, dtype
         return_logits: which rows of logits a call returns.
         kv_cache_dtype: float32, bfloat16, float16, int8 or float8_e4m3fn; `None`: as `dtype`, float32 on CPU.
         kv_scales: of an int8 or float8_e4m3fn cache; `None`: the checkpoint's. int8 needs the one or the other.
+        implementation: of attention over the cache, such as `Xla()`; `None`: the devices'.
 
     Raises:
         ValueError: no such folder or repository, an unsupported config, devices or a cache that do not fit; a
@@ -59,19 +61,22 @@ def load(model: str | os.PathLike[str], *, devices: Devices | None = None, dtype
     folder = resolve(model)
     config, _ = parse_config(folder)
     return load_model(config, folder, devices=devices, dtype=dtype, use_subgraphs=use_subgraphs,
-                      return_logits=return_logits, kv_cache_dtype=kv_cache_dtype, kv_scales=kv_scales)
+                      return_logits=return_logits, kv_cache_dtype=kv_cache_dtype, kv_scales=kv_scales,
+                      implementation=implementation)
 
 
 def load_model(config: TransformerConfig, folder: Path, *, devices: Devices | None = None,
                dtype: DTypeLike | None = None, kv_cache_dtype: DTypeLike | None = None,
-               kv_scales: KVScales | None = None, **options: Any) -> DistributedTransformer:
-    """As `load`, for a folder whose config is parsed already; `options` are those of `build_model`."""
+               kv_scales: KVScales | None = None, implementation: Implementation | None = None,
+               **options: Any) -> DistributedTransformer:
+    """As `load`, for a folder whose config is parsed already; `options` are those of `build_model` but `kv_params`."""
     mesh, family = mesh_for(config, devices), family_of({"model_type": config.model_type})
     kv_params = default_kv_params(config, mesh, compute_dtype(config, dtype), options.get("rules", ShardingRules()))
     if kv_cache_dtype is not None:
         kv_params = replace(kv_params, **_cache_options(config, family, folder, kv_cache_dtype, kv_scales))
     elif kv_scales is not None:
         raise ValueError("kv_scales belong to a quantised cache: give kv_cache_dtype as well, int8 or float8_e4m3fn.")
+    kv_params = replace(kv_params, implementation=implementation)
     model = nnx.eval_shape(partial(build_model, config, devices=mesh, dtype=dtype, kv_params=kv_params, **options))
     read_weights(model, family, folder)
     return model

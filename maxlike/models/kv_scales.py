@@ -53,7 +53,8 @@ def read_scales(config: TransformerConfig, family: Family, folder: Path, dtype: 
                 problems.append(f"tensors {found[place]!r} and {file!r} are both the scale of layer {place[0]}'s "
                                 f"{place[1]}; expected one of them")
             found.setdefault(place, file)
-        if not found:
+        lost = {scale_of(name) for name in canonical_names(family, checkpoint.lost).values()} - {None}
+        if not found and not lost:
             return None
         factor = _STATED_FOR / LARGEST[jnp.dtype(dtype).name]
         rows: dict[tuple[int, str], list[float]] = {}
@@ -70,13 +71,14 @@ def read_scales(config: TransformerConfig, family: Family, folder: Path, dtype: 
                 if not (np.isfinite(values).all() and (values > 0).all()):
                     problems.append(f"tensor {file!r} has a scale that is not positive and finite")
                 rows[place] = (factor * np.broadcast_to(values.reshape(-1).astype(np.float64), n_heads)).tolist()
-        problems += [f"tensor 'model.layers.{i}.self_attn.{x}_scale' is missing, and {next(iter(found.values()))!r} is "
-                     "there" for i in range(n_layers) for x in "kv" if (i, x) not in found]
+        there = next(iter(found.values()), "another scale, in a damaged file,")
+        problems += [f"tensor 'model.layers.{i}.self_attn.{x}_scale' is missing, and {there!r} is there"
+                     for i in range(n_layers) for x in "kv" if (i, x) not in found and (i, x) not in lost]
         if problems:
             raise CheckpointError(problems, summary=f"The checkpoint in {folder} has scales for a quantised KV cache "
                                   "that cannot be used:")
     k, v = (tuple(tuple(rows[i, x]) for i in range(n_layers)) for x in "kv")
-    return KVScales(k, v)
+    return KVScales(k, v, jnp.dtype(dtype).name)
 
 
 def scale_tensors(scales: KVScales, dtype: DTypeLike) -> Iterator[TensorSource]:

@@ -28,7 +28,14 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from maxlike.kernels.paged_attention import FLOATS, LARGEST, Implementation, ragged_paged_attention
+from maxlike.kernels.paged_attention import (
+    FLOATS,
+    LARGEST,
+    Implementation,
+    MosaicTpu,
+    check_implementation,
+    ragged_paged_attention,
+)
 from maxlike.kernels.ragged_attention import ragged_attention
 from maxlike.mesh import Devices, ShardingRules, as_mesh
 
@@ -65,12 +72,15 @@ def as_cache_dtype(dtype: DTypeLike) -> jnp.dtype:
 class KVScales:
     """What a quantised cache divides keys and values by: `k[layer][kv_head]` and `v[layer][kv_head]`.
 
+    `dtype` names that of the cache that they were measured for, where that is known.
+
     Raises:
         ValueError: a scale is not positive and finite, or there is not one for each layer and KV head.
     """
 
     k: tuple[tuple[float, ...], ...]
     v: tuple[tuple[float, ...], ...]
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("k", "v"):
@@ -128,7 +138,15 @@ class KVCacheParams:
         if self.scales is None and dtype == "int8":
             raise ValueError("An int8 cache needs KVCacheParams.scales: calibrate(model, tokens, input_row_offsets) "
                              "measures them on a model with a float cache.")
+        if self.implementation is not None:
+            check_implementation(self.implementation)
         if self.scales is not None:
+            if not isinstance(self.scales, KVScales):
+                raise ValueError(f"KVCacheParams.scales must be KVScales, as calibrate makes them; got "
+                                 f"{type(self.scales).__name__}.")
+            if self.scales.dtype not in (None, dtype) and dtype in LARGEST:
+                raise ValueError(f"The scales were measured for a cache of {self.scales.dtype}; the cache is {dtype}. "
+                                 f"Measure them with calibrate(..., dtype={dtype!r}).")
             if dtype not in LARGEST:
                 raise ValueError(f"KVCacheParams.scales belong to a cache of {' or '.join(LARGEST)}; got {dtype}.")
             given = len(self.scales.k), len(self.scales.k[0])
@@ -139,10 +157,11 @@ class KVCacheParams:
     def shape(self, n_pages: int, platform: str) -> tuple[int, int, int, int]:
         """The cache array's shape for `n_pages` pages a layer on `platform` (`"cpu"`, `"gpu"`, `"tpu"`).
 
-        On TPU a token's lanes are padded to a multiple of 128, the width of a register.
+        On TPU, and wherever the TPU's kernel is asked for, a token's lanes are padded to a multiple of 128, the width
+        of a register.
         """
         lanes = 2 * self.head_dim
-        if platform == "tpu":
+        if platform == "tpu" or isinstance(self.implementation, MosaicTpu):
             lanes = -(-lanes // TPU_LANES) * TPU_LANES
         return self.n_layers * n_pages, self.n_kv_heads, self.page_size, lanes
 
@@ -167,7 +186,9 @@ class KVCacheParams:
         return budget // self.bytes_per_page(devices)
 
     def check_step(self, n_pages: int, cache_lengths: np.ndarray, page_table: np.ndarray, n_new: np.ndarray) -> None:
-        """Looks at a step's numbers, which inside `jax.jit` nobody can.
+        """Looks at a step's numbers, which inside `jax.jit` nobody can, the attention kernel's own checks included.
+
+        Pages that a sliding window has left behind must be there too: other layers may see them.
 
         Args:
             n_pages: pages a layer in the cache.
@@ -353,7 +374,7 @@ def calibrate(model: Any, tokens: jax.Array | np.ndarray, input_row_offsets: jax
     if not np.isfinite(amax).all():
         raise ValueError("A key or value is not finite: the model cannot be calibrated on these tokens.")
     k, v = np.maximum(amax / largest, SMALLEST_SCALE).transpose(1, 0, 2).tolist()
-    return KVScales(k, v)
+    return KVScales(k, v, as_cache_dtype(dtype).name)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["pages", "cache_lengths", "page_table"], meta_fields=[])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -145,3 +146,15 @@ def test_scales_that_are_off_are_all_named(tmp_path: Path, devices: list[jax.Dev
                   r"'model.layers.2.self_attn.v_scale' is missing"):  # fmt: skip
         assert re.search(words, told), (words, told)
     assert len(told.splitlines()) == 7
+
+
+def test_scales_in_a_file_that_is_missing_are_not_called_absent(tmp_path: Path) -> None:
+    form = "model.layers.{i}.self_attn.{x}_scale"
+    config = config_of("llama", num_hidden_layers=N_LAYERS)
+    tensors = write(tmp_path, config)
+    (tmp_path / "model.safetensors").rename(tmp_path / "weights.safetensors")  # or the index would not be read
+    places = dict.fromkeys(tensors, "weights.safetensors") | dict.fromkeys(scale_tensors(form), "scales.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    for dtype in ("int8", FP8):
+        with pytest.raises(ValueError, match=r"scales\.safetensors"):
+            maxlike.load(tmp_path, kv_cache_dtype=dtype)

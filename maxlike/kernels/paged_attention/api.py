@@ -1,6 +1,8 @@
 """The one entry to ragged paged attention: checks, sharding over heads, choice of implementation."""
 
+import importlib
 import math
+import re
 from typing import Any, Protocol
 
 import jax
@@ -47,6 +49,24 @@ HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 """GPUs with the instructions that `MosaicGpu` is written for, as they stand in a device's kind."""
 
 
+IMPLEMENTATIONS = {"xla": "Xla", "mosaic_tpu": "MosaicTpu", "mosaic_gpu": "MosaicGpu"}
+"""Module here -> the implementation in it."""
+
+
+def implementation_named(name: str) -> Implementation:
+    """The implementation of a name in `IMPLEMENTATIONS`, as it comes without overrides."""
+    return getattr(importlib.import_module(f"maxlike.kernels.paged_attention.{name}"), IMPLEMENTATIONS[name])()
+
+
+def check_implementation(implementation: Any) -> None:
+    """Raises `ValueError` unless it is an implementation: not a name, and not the class of one."""
+    if not callable(implementation) or isinstance(implementation, type):
+        raise ValueError(
+            f"implementation must be an object such as Xla() or MosaicTpu(), of maxlike.kernels.paged_attention; given "
+            f"{implementation!r}"
+        )
+
+
 def choose_implementation(device: Any, dtype: jnp.dtype) -> tuple[Implementation, str]:
     """The implementation for a device and queries of a dtype, and why, where it is plain JAX on an accelerator.
 
@@ -56,13 +76,16 @@ def choose_implementation(device: Any, dtype: jnp.dtype) -> tuple[Implementation
         return Xla(), ""
     if device.platform == "tpu":
         return MosaicTpu(), ""
-    if device.platform != "gpu" or not any(name in device.device_kind.split() for name in HOPPER):
+    if device.platform != "gpu" or not any(name in re.split("[ -]", device.device_kind) for name in HOPPER):
         return Xla(), f"the kernel for GPUs needs a Hopper, one of {', '.join(HOPPER)}; this is {device.device_kind}"
     # jax's Mosaic GPU sets environment variables when it is imported: only for those who have the GPU.
     from maxlike.kernels.paged_attention import mosaic_gpu
 
     if not mosaic_gpu.supported():
-        return Xla(), f"the kernel for Hopper needs jax {mosaic_gpu.OLDEST_JAX}; this is {jax.__version__}"
+        return Xla(), (
+            f"the kernel for Hopper needs jax {mosaic_gpu.OLDEST_JAX} or newer, and that Python 3.12 or newer; "
+            f"this is {jax.__version__}"
+        )
     if dtype == jnp.float32:
         return Xla(), "the tensor cores of a Hopper round float32; its kernel takes bfloat16 and float16"
     return mosaic_gpu.MosaicGpu(), ""
@@ -134,6 +157,7 @@ def ragged_paged_attention(
     mesh = jax.typeof(q).sharding.mesh
     if implementation is None:
         implementation, _ = choose_implementation(mesh.abstract_device or _default_device(), q.dtype)
+    check_implementation(implementation)
 
     def attend(*arrays):
         return implementation(*arrays, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
@@ -228,7 +252,10 @@ def _check_batch(cache_lengths, page_table, row_offsets):
 
 
 def _check_numbers(q, pages, cache_lengths, page_table, row_offsets, first_page, sliding_window):
-    """Outside jit the numbers are there to be looked at; traced they are not, and the caller answers for them."""
+    """Outside jit the numbers are there to be looked at; traced they are not, and the caller answers for them.
+
+    `KVCacheParams.check_step` is what a model's callers have, for all layers at once.
+    """
     batch = (cache_lengths, page_table, row_offsets, first_page)
     if any(isinstance(x, jax.core.Tracer) for x in batch):
         return

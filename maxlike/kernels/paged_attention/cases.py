@@ -180,11 +180,11 @@ def make_inputs(case: Case, seed: int = 0) -> dict[str, Any]:
     for s in range(len(rows)):
         own = pool[taken : taken + used[s]]
         taken += used[s]
-        oldest = 0  # pages that a window has left behind are garbage too
+        first = 0  # pages that a window has left behind are garbage too, and slots of the oldest page poisoned
         if case.sliding_window is not None:
-            oldest = max(0, cached[s] - case.sliding_window + 1) // size
-        page_table[s, oldest : used[s]] = own[oldest:]
-        for position in range(oldest * size, cached[s]):
+            first = max(0, cached[s] - case.sliding_window + 1)
+        page_table[s, first // size : used[s]] = own[first // size :]
+        for position in range(first, cached[s]):
             row = case.layer * pages_per_layer + own[position // size]
             slot = pages[row, :, position % size]
             for x, scale in ((slot[:, :head_dim], k_scale), (slot[:, head_dim : 2 * head_dim], v_scale)):

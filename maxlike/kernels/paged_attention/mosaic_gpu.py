@@ -106,7 +106,7 @@ class MosaicGpu:
         T, N, _ = q.shape
         S, K = cache_lengths.shape[0], pages.shape[1]
         kv = jnp.concatenate([xla.quantise(k, k_scale, pages.dtype), xla.quantise(v, v_scale, pages.dtype)], axis=-1)
-        pages = xla._write(kv, pages, cache_lengths, page_table, row_offsets, first_page)
+        pages = xla.write(kv, pages, cache_lengths, page_table, row_offsets, first_page)
 
         # Scores are in units of log2(e), for exp2; those to be capped, in what exp2 needs to give tanh.
         to_scores = scale * LOG2E if soft_cap is None else 2 * LOG2E * scale / soft_cap

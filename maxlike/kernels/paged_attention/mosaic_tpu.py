@@ -37,7 +37,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from maxlike.kernels.paged_attention.xla import NO_SCORE, quantise
+from maxlike.kernels.paged_attention.xla import LARGEST, NO_SCORE, quantise
 
 LANES = 128
 SMALLEST_VMEM = 16 * 2**20  # of any TPU that is compiled for (v4); assumed where the target is not a TPU (interpreting)
@@ -50,7 +50,7 @@ class MosaicTpu:
 
     Args:
       block_tokens: tokens of K and V that a buffer holds, whole pages and a multiple of 128; None: as many as cover
-        the latency of HBM, at most 1,024, and fewer where VMEM is short.
+        the latency of HBM, about 1,024 at most, and fewer where VMEM is short.
       tile_rows: rows of a product in prefill, tokens times N / K; None: 256, fewer with many KV heads.
       interpret: run on CPU: True, or `pltpu.InterpretParams` for the simulation of a TPU's memories and DMAs.
     """
@@ -97,6 +97,11 @@ class MosaicTpu:
 
         That is int32[2], read and written, in units of 512 bytes, lane padding counted.
         """
+        if not self.interpret and _target() is None:
+            raise ValueError(
+                "MosaicTpu runs on TPUs, and this is compiled for another platform: use implementation=Xla(), or "
+                "MosaicTpu(interpret=True) to try it there"
+            )
         sizes = _Sizes.plan(self, q, pages, page_table, scale, sliding_window, soft_cap)
         kv = _stored_values(sizes, k, v, pages.dtype, k_scale, v_scale)
         q_decode, kv_decode, q_chunk, kv_chunk = _arrange(sizes, q.astype(sizes.dtype), kv)
@@ -185,8 +190,7 @@ class _Sizes:
     def plan(cls, blocks, q, pages, page_table, scale, sliding_window, soft_cap):
         """The sizes of a call: what the heuristic takes for blocks, checked against the target's memories."""
         (T, N, H), (_, K, page_size, W), (S, M) = q.shape, pages.shape, page_table.shape
-        quantised = not jnp.issubdtype(pages.dtype, jnp.floating) or pages.dtype.itemsize == 1
-        dtype = q.dtype if quantised else jnp.promote_types(q.dtype, pages.dtype)
+        dtype = q.dtype if pages.dtype.name in LARGEST else jnp.promote_types(q.dtype, pages.dtype)
         _check_shapes(H, page_size, W, dtype, pages.dtype)
         target = _target()
         smem, vmem, bandwidth = (
@@ -453,6 +457,7 @@ class _Span:
     sequence: jax.Array
     first_page: jax.Array  # of the sequence
     n_pages: jax.Array
+    start: jax.Array  # position of the first
     stop: jax.Array  # position behind the last
 
 
@@ -587,10 +592,11 @@ class _Kernel:
     def span(self, sequence, first, stop):
         """Of queries at positions [first, stop) of a sequence."""
         sizes = self.sizes
-        oldest = jnp.int32(0)
+        start = jnp.int32(0)
         if sizes.sliding_window is not None:
-            oldest = jnp.maximum(0, first - sizes.sliding_window + 1) // sizes.page_size
-        return _Span(sequence, oldest, pl.cdiv(stop, sizes.page_size) - oldest, stop)
+            start = jnp.maximum(0, first - sizes.sliding_window + 1)
+        oldest = start // sizes.page_size
+        return _Span(sequence, oldest, pl.cdiv(stop, sizes.page_size) - oldest, start, stop)
 
     def sweep(self, n, span_of, load, begin, step, end, buffer, sem):
         """Runs `n` items block by block, each block's DMAs on the way while the one before it is computed.
@@ -650,8 +656,11 @@ class _Kernel:
 
         lax.fori_loop(0, self.sizes.K, head, 0)
 
-    def clear_tail(self, buffer, slot, filled):
-        """Zeroes the slots from `filled` on in the last step of a block: nothing times NaN would still be NaN."""
+    def clear(self, buffer, slot, first, end, kept):
+        """Zeroes slots of a block, in its pages [first, end): nothing times NaN would still be NaN.
+
+        `kept` tells of slots, numbered from the block's first, which keep what they hold.
+        """
         sizes = self.sizes
         if sizes.cache_dtype == jnp.int8:
             return
@@ -660,13 +669,13 @@ class _Kernel:
             slots = j * sizes.page_size + lax.broadcasted_iota(jnp.int32, (sizes.page_size, sizes.W), 0)
 
             def head(h, _):
-                kept = jnp.where(slots < filled, buffer[slot, j, h].astype(jnp.float32), 0)
-                buffer[slot, j, h] = kept.astype(sizes.cache_dtype)
+                x = jnp.where(kept(slots), buffer[slot, j, h].astype(jnp.float32), 0)
+                buffer[slot, j, h] = x.astype(sizes.cache_dtype)
                 return 0
 
             return lax.fori_loop(0, sizes.K, head, 0)
 
-        lax.fori_loop(filled // sizes.page_size, pl.cdiv(filled, sizes.step) * sizes.step_pages, page, 0)
+        lax.fori_loop(first, end, page, 0)
 
     def add_block(self, rows, q_of, position, span, first_slot, buffer, slot):
         """Adds a block to the statistics of `rows` rows a head.
@@ -677,6 +686,21 @@ class _Kernel:
           first_slot: position of the block's first slot.
         """
         sizes = self.sizes
+        # Not before a decode has merged its token: the tile that it writes back holds what others may need.
+        filled = jnp.minimum(span.stop - first_slot, sizes.block)
+        n_steps = pl.cdiv(filled, sizes.step)
+
+        @pl.when(filled < n_steps * sizes.step)
+        def _():
+            first_unfilled = filled // sizes.page_size
+            self.clear(buffer, slot, first_unfilled, n_steps * sizes.step_pages, lambda slots: slots < filled)
+
+        if sizes.sliding_window is not None:
+
+            @pl.when(first_slot < span.start)
+            def _():
+                self.clear(buffer, slot, 0, 1, lambda slots: slots >= span.start - first_slot)
+
         # Heads side by side hide each other's latencies; all of many would only be a long program.
         together = max(n for n in (1, 2, 4, 8) if (sizes.K % n == 0 and n * rows <= 512) or n == 1)
 
@@ -694,8 +718,7 @@ class _Kernel:
 
             return lax.fori_loop(0, sizes.K // together, heads, 0)
 
-        filled = jnp.minimum(span.stop - first_slot, sizes.block)
-        lax.fori_loop(0, pl.cdiv(filled, sizes.step), step, 0)
+        lax.fori_loop(0, n_steps, step, 0)
 
     def add(self, h, rows, q_of, seen, pages):
         """Adds a step's slots, `pages` [step_pages, K, page_size, W], to the statistics of one head."""
@@ -802,7 +825,6 @@ class _Kernel:
 
                 lax.fori_loop(0, sizes.K, head, 0)
                 self.start_pages(writing_back(i), sizes.K * align * sizes.W, writing=True)
-                self.clear_tail(buffer, slot, filled)
 
             def step(i, span, first_slot, last, slot):
                 @pl.when(last)
@@ -880,10 +902,6 @@ class _Kernel:
                 self.reset(rows, each_token)
 
             def step(i, span, first_slot, last, slot):
-                @pl.when(last)
-                def _():
-                    self.clear_tail(buffer, slot, span.stop - first_slot)
-
                 token = lax.broadcasted_iota(jnp.int32, (rows, sizes.step), 0) & (sizes.tile - 1)
                 position = token + batch.tile_token[i] + to_position(i)
                 q_of = lambda h: q[i % 2, h].reshape(rows, sizes.k_lanes)  # noqa: E731

@@ -46,7 +46,7 @@ class Xla:
     ) -> tuple[jax.Array, jax.Array]:
         """See `maxlike.kernels.paged_attention.ragged_paged_attention`."""
         kv = jnp.concatenate([quantise(k, k_scale, pages.dtype), quantise(v, v_scale, pages.dtype)], axis=-1)
-        pages = _write(kv, pages, cache_lengths, page_table, row_offsets, first_page)
+        pages = write(kv, pages, cache_lengths, page_table, row_offsets, first_page)
         options = dict(scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
         out = _read(q, pages, cache_lengths, page_table, row_offsets, first_page, sinks, k_scale, v_scale, **options)
         return out, pages
@@ -91,7 +91,7 @@ def _read(q, pages, cache_lengths, page_table, row_offsets, first_page, sinks, k
     return out
 
 
-def _write(kv, pages, cache_lengths, page_table, row_offsets, first_page):
+def write(kv, pages, cache_lengths, page_table, row_offsets, first_page):
     """The pages with the step's K and V [T, K, 2 * H] in them."""
     T, _, width = kv.shape
     page_size, lanes = pages.shape[2:]

@@ -150,7 +150,7 @@ def test_decode_reads_the_window_only():
 def test_a_chunk_reads_what_its_tiles_see():
     case = on_tpu(Case("bytes", ((512, 256),), dtype="bfloat16", cache_dtype="bfloat16", head_dim=128, page_size=64))
     read, written = dma_bytes(case, make_inputs(case))
-    # Four tiles of 64 tokens by 2 heads... each reads the pages up to its own end; and each page written is read.
+    # Two tiles of 128 tokens, by 2 heads 256 rows, read the pages up to their ends; and what is merged into is read.
     tile = 256 // 2
     seen = sum(512 + end for end in range(tile, 256 + 1, tile))
     assert read == (seen + 256) * slot_bytes(case)

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 
 from maxlike.kernels.paged_attention import MosaicTpu, Xla, api, mosaic_gpu, ragged_paged_attention
 from maxlike.kernels.paged_attention.cases import CASES, Case, check, make_inputs
+from tests.tpu_compile import requires_libtpu
 
 STATIC = ("scale", "sliding_window", "soft_cap", "implementation")
 attend = jax.jit(ragged_paged_attention, static_argnames=STATIC, donate_argnames="pages")
@@ -37,7 +38,7 @@ SLOW = {
 )
 def test_equals_reference(case):
     inputs = make_inputs(case)
-    check(case, inputs, *attend(**inputs, **case.options()))
+    check(case, inputs, *attend(**inputs, **case.options(), implementation=Xla()))
 
 
 def test_cases_are_named_once():
@@ -56,7 +57,7 @@ RAGGED = st.lists(
 def test_random_raggedness(rows, sliding_window, seed):
     case = Case("random", tuple(rows), sliding_window=sliding_window)
     inputs = make_inputs(case, seed)
-    check(case, inputs, *attend(**inputs, **case.options()))
+    check(case, inputs, *attend(**inputs, **case.options(), implementation=Xla()))
 
 
 @pytest.mark.slow
@@ -76,7 +77,7 @@ def test_random_shapes(rows, page_size, heads, head_dim, sliding_window, soft_ca
         sliding_window=sliding_window, soft_cap=soft_cap,
     )  # fmt: skip
     inputs = make_inputs(case, seed)
-    check(case, inputs, *attend(**inputs, **case.options()))
+    check(case, inputs, *attend(**inputs, **case.options(), implementation=Xla()))
 
 
 # --- Sharded over heads
@@ -342,6 +343,7 @@ def test_implementation_is_called_with_what_the_contract_says(devices):
     assert error.value.args == ("two", ((1,), (1,), (1,)), case.options())
 
 
+@requires_libtpu
 def test_implementation_is_chosen_by_the_platform_compiled_for(devices, monkeypatch):
     asked = []
     choose = lambda device, dtype: asked.append(device) or (Told(device.platform), "")  # noqa: E731
@@ -368,13 +370,20 @@ def test_the_choice_and_its_reason(monkeypatch):
     implementation, why = choose("gpu", "NVIDIA A100-SXM4-40GB")
     assert implementation == Xla() and "this is NVIDIA A100-SXM4-40GB" in why
     monkeypatch.setattr(mosaic_gpu, "supported", lambda: True)
-    for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB"):
+    for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB", "NVIDIA H20-3e"):
         assert choose("gpu", kind) == (mosaic_gpu.MosaicGpu(), "")
     implementation, why = choose("gpu", "NVIDIA H200", jnp.float32)
     assert implementation == Xla() and "float32" in why
     monkeypatch.setattr(mosaic_gpu, "supported", lambda: False)
     implementation, why = choose("gpu", "NVIDIA H200")
-    assert implementation == Xla() and f"needs jax 0.11.2; this is {jax.__version__}" in why
+    assert implementation == Xla() and "needs jax 0.11.2 or newer" in why and f"this is {jax.__version__}" in why
+
+
+@pytest.mark.parametrize("wrong", ["mosaic_tpu", MosaicTpu], ids=["name", "class"])
+def test_what_is_no_implementation_is_refused(wrong):
+    inputs = make_inputs(CASES[0])
+    with pytest.raises(ValueError, match=r"an object such as Xla\(\) or MosaicTpu\(\), .* given .*(mosaic|Mosaic)"):
+        ragged_paged_attention(**inputs, **CASES[0].options(), implementation=wrong)
 
 
 def test_check_can_fail():

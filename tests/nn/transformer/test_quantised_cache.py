@@ -103,7 +103,12 @@ def test_float8_without_scales(devices: list[jax.Device], expected: list[np.ndar
         assert np.nanmax(np.abs(g - e)) < 2 * BOUNDS["float8_e4m3fn"] * np.nanmax(np.abs(e))
 
 
-def test_scales_do_not_make_steps_compile_again(devices: list[jax.Device]) -> None:
-    ones = KVScales(2 * ((1.0, 1.0),), 2 * ((1.0, 1.0),))
-    graphdefs = {nnx.split(abstract(Tiny(), devices[:1], dtype="int8", scales=ones))[0] for _ in range(2)}
-    assert len(graphdefs) == 1
+def test_equal_scales_make_equal_models(devices: list[jax.Device]) -> None:
+    """Models are told apart by their scales, and not by the objects: that decides what is compiled again."""
+
+    def graphdef(value: float) -> nnx.GraphDef:
+        scales = KVScales(*(tuple(map(tuple, np.full((2, 2), value).tolist())) for _ in range(2)))
+        return nnx.split(abstract(Tiny(), devices[:1], dtype="int8", scales=scales))[0]
+
+    assert len({graphdef(1.0), graphdef(1.0)}) == 1
+    assert len({graphdef(1.0), graphdef(2.0)}) == 2
