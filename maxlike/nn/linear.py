@@ -34,6 +34,8 @@ class DistributedGemmConfig:
 
 _LANES = 16
 """Rows of activations that XLA:CPU multiplies at a time by a bfloat16 weight that is the left operand."""
+_LONG = 8192
+"""A contraction so long runs at the full pace; one of 2048 is a tenth slower, however many of them there are."""
 _MAX_ROWS_BEHIND_WEIGHT = 64
 """With some hundred rows the arithmetic outweighs what rearranging a weight costs, and x on the left is as fast."""
 
@@ -57,8 +59,18 @@ def matmul(x: jax.Array, weight: jax.Array, out_sharding: NamedSharding | None =
         # XLA:CPU (YNNPACK) rearranges the right operand before it multiplies, which for a weight takes two thirds of
         # the time; the left one it reads as it lies. Fewer than 16 columns on the right get a slower inner loop (jax
         # 0.12) or a very slow one (a single column). The barrier keeps XLA from swapping the operands back.
+        rows, (O, I) = x.shape[0], weight.shape
+        together = _outputs_together(rows, weight)
+        if together > 1:
+            # Columns that would be padding are used: a row of the weight is several outputs' rows end to end, and
+            # column (b, t) has row t of x in the part of output b, zeros elsewhere.
+            weight = jnp.reshape(weight, (O // together, together * I), out_sharding=_like(weight))
+            x = (jnp.eye(together, dtype=x.dtype)[:, None, :, None] * x[:, None, :]).reshape(-1, together * I)
         y = product(weight, jnp.pad(x, ((0, -x.shape[0] % _LANES), (0, 0))), _transposed(out_sharding))
-        return jax.lax.optimization_barrier(y)[:, :x.shape[0]].T.astype(x.dtype)
+        y = jax.lax.optimization_barrier(y)[:, :x.shape[0]]
+        if together > 1:
+            y = jnp.reshape(y, (O, rows), out_sharding=_like(weight))
+        return y.T.astype(x.dtype)
 
     def weighted_sum(x: jax.Array, weight: jax.Array) -> jax.Array:
         # Left to itself, XLA:CPU works x out again for every output, or writes a copy of it for each to memory that
@@ -72,6 +84,21 @@ def matmul(x: jax.Array, weight: jax.Array, out_sharding: NamedSharding | None =
     if x.dtype == jnp.float32 and x.shape[0] == 1:
         return jax.lax.platform_dependent(x, weight, cpu=weighted_sum, default=default)
     return default(x, weight)
+
+
+def _outputs_together(rows: int, weight: jax.Array) -> int:
+    """How many outputs' rows of a weight `[O, I]` are one operand's row, for so many rows of activations."""
+    spec, (O, I) = jax.typeof(weight).sharding.spec, weight.shape
+    if any(spec[1:]):
+        return 1  # a part of each row is elsewhere
+    shards = O // jax.typeof(weight).sharding.shard_shape(weight.shape)[0]
+    return max(n for n in (1, 2, 4, 8) if n == 1 or (n * rows <= _LANES and n * I <= _LONG and O % (n * shards) == 0))
+
+
+def _like(weight: jax.Array) -> NamedSharding | None:
+    """The sharding of a weight, for its reshaping: `None` where it lies on no mesh."""
+    sharding = jax.typeof(weight).sharding
+    return None if sharding.mesh.empty else sharding
 
 
 def _transposed(sharding: NamedSharding | None) -> NamedSharding | None:

@@ -136,11 +136,12 @@ def test_a_dimension_that_cannot_be_cut(devices: list[jax.Device]) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 17, 64, 65])
+@pytest.mark.parametrize("n_out", [7, 24])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_products_accumulate_in_float32(rows: int, dtype: Any) -> None:
-    x, weight = (jnp.asarray(normal(seed, n, 4096) + 1, dtype) for seed, n in ((0, rows), (1, 7)))
+def test_products_accumulate_in_float32(rows: int, n_out: int, dtype: Any) -> None:
+    x, weight = (jnp.asarray(normal(seed, n, 4096) + 1, dtype) for seed, n in ((0, rows), (1, n_out)))
     y = jax.jit(matmul)(x, weight)
-    assert y.shape == (rows, 7) and y.dtype == dtype
+    assert y.shape == (rows, n_out) and y.dtype == dtype
     # bfloat16: one rounding at the end; summed in it, 4096 terms would be percents off. float32: the sum's own error,
     # 1.4e-6 at most for the blocks in which XLA adds 4096 terms.
     close(y, double(x) @ double(weight).T, 2**-8 if dtype == BF16 else 4e-6)
@@ -152,11 +153,27 @@ def test_products_accumulate_in_float32(rows: int, dtype: Any) -> None:
 
 @pytest.mark.parametrize("rows", [1, 8, 16])
 def test_on_cpu_a_weight_is_the_left_operand_of_few_rows(rows: int) -> None:
-    x, weight = jnp.zeros((rows, 128), BF16), jnp.zeros((384, 128), BF16)
+    x, weight = jnp.zeros((rows, 8192), BF16), jnp.zeros((384, 8192), BF16)
     compiled = jax.jit(matmul).lower(x, weight).compile().as_text()
     # The right one would be rearranged at every call, and a result of fewer columns is computed more slowly.
     assert re.search(r"f32\[384,16\]\S* dot\(", compiled)
-    assert "f32[384,128]" not in compiled  # nor is the weight widened
+    assert "f32[384,8192]" not in compiled  # nor is the weight widened
+
+
+def test_on_cpu_short_rows_of_a_weight_are_multiplied_together() -> None:
+    x, weight = jnp.zeros((2, 2048), BF16), jnp.zeros((384, 2048), BF16)
+    assert re.search(r"f32\[96,16\]\S* dot\(", jax.jit(matmul).lower(x, weight).compile().as_text())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 16])
+@pytest.mark.parametrize("spec", [P("model", None), P(None, "model"), P(None, None)], ids=str)
+def test_few_bfloat16_rows_on_a_mesh(devices: list[jax.Device], rows: int, spec: P) -> None:
+    mesh = make_mesh(devices[:4])
+    x, weight = (jnp.asarray(normal(seed, n, 1024), BF16) for seed, n in ((0, rows), (1, 24)))
+    on_mesh = [jax.device_put(y, jax.NamedSharding(mesh, s)) for y, s in ((x, P(None, spec[1])), (weight, spec))]
+    y = jax.jit(partial(matmul, out_sharding=jax.NamedSharding(mesh, P(None, None)) if spec[1] else None))(*on_mesh)
+    assert jax.typeof(y).sharding.spec == P(None, spec[0])
+    close(y, double(x) @ double(weight).T, 2**-7)
 
 
 def test_tied_weights(devices: list[jax.Device]) -> None:
