@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import json
 import os
 import statistics
@@ -190,7 +191,9 @@ class Transformers:
 
     def _step(self, tokens: Any, cache: Any) -> Any:
         with self.torch.inference_mode():
-            logits = self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            # The argument has another name from transformers 5.24 on.
+            name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+            logits = self.model(tokens, **{name: cache}, use_cache=True, logits_to_keep=1).logits
             return logits[:, -1].argmax(-1, keepdim=True)
 
     def prefill(self) -> Timing:

@@ -32,6 +32,8 @@ class DistributedGemmConfig:
     enable_matmul_allreduce: bool = False
 
 
+_MIN_ROWS = 4
+"""XLA works fewer out one by one: on CPU widening the whole weight for each, on TPU on the vector unit."""
 _LANES = 16
 """Rows of activations that XLA:CPU multiplies at a time by a bfloat16 weight that is the left operand."""
 _LONG = 8192
@@ -52,8 +54,11 @@ def matmul(x: jax.Array, weight: jax.Array, out_sharding: NamedSharding | None =
             x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32, out_sharding=out_sharding,
             precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None)
 
+    rows_are_cut = any(jax.typeof(x).sharding.spec[:1])  # then they can be neither padded nor taken apart
+
     def default(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return product(x, weight).astype(x.dtype)
+        padding = 0 if rows_are_cut else max(0, _MIN_ROWS - x.shape[0])
+        return product(jnp.pad(x, ((0, padding), (0, 0))), weight)[:x.shape[0]].astype(x.dtype)
 
     def weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
         # XLA:CPU (YNNPACK) rearranges the right operand before it multiplies, which for a weight takes two thirds of
@@ -78,7 +83,6 @@ def matmul(x: jax.Array, weight: jax.Array, out_sharding: NamedSharding | None =
         x, weight = jax.lax.optimization_barrier((x, weight))
         return jnp.sum(weight * x, axis=1)[None]
 
-    rows_are_cut = any(jax.typeof(x).sharding.spec[:1])  # then they can be neither padded nor taken apart
     if x.dtype == jnp.bfloat16 and x.shape[0] <= _MAX_ROWS_BEHIND_WEIGHT and not rows_are_cut:
         return jax.lax.platform_dependent(x, weight, cpu=weight_first, default=default)
     if x.dtype == jnp.float32 and x.shape[0] == 1:
