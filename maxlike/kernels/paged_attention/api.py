@@ -48,7 +48,6 @@ class Implementation(Protocol):
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 """GPUs with the instructions that `MosaicGpu` is written for, as they stand in a device's kind."""
 
-
 IMPLEMENTATIONS = {"xla": "Xla", "mosaic_tpu": "MosaicTpu", "mosaic_gpu": "MosaicGpu"}
 """Module here -> the implementation in it."""
 

@@ -97,12 +97,13 @@ class MosaicTpu:
 
         That is int32[2], read and written, in units of 512 bytes, lane padding counted.
         """
-        if not self.interpret and _target() is None:
+        target = _target()
+        if not self.interpret and target is None:
             raise ValueError(
                 "MosaicTpu runs on TPUs, and this is compiled for another platform: use implementation=Xla(), or "
                 "MosaicTpu(interpret=True) to try it there"
             )
-        sizes = _Sizes.plan(self, q, pages, page_table, scale, sliding_window, soft_cap)
+        sizes = _Sizes.plan(self, target, q, pages, page_table, scale, sliding_window, soft_cap)
         kv = _stored_values(sizes, k, v, pages.dtype, k_scale, v_scale)
         q_decode, kv_decode, q_chunk, kv_chunk = _arrange(sizes, q.astype(sizes.dtype), kv)
         scalars = (jnp.atleast_1d(first_page), cache_lengths, row_offsets, page_table.reshape(-1))
@@ -187,12 +188,11 @@ class _Sizes:
         return min(self.S, self.T // 2)
 
     @classmethod
-    def plan(cls, blocks, q, pages, page_table, scale, sliding_window, soft_cap):
+    def plan(cls, blocks, target, q, pages, page_table, scale, sliding_window, soft_cap):
         """The sizes of a call: what the heuristic takes for blocks, checked against the target's memories."""
         (T, N, H), (_, K, page_size, W), (S, M) = q.shape, pages.shape, page_table.shape
         dtype = q.dtype if pages.dtype.name in LARGEST else jnp.promote_types(q.dtype, pages.dtype)
         _check_shapes(H, page_size, W, dtype, pages.dtype)
-        target = _target()
         smem, vmem, bandwidth = (
             (target.smem_capacity_bytes, target.vmem_capacity_bytes, target.mem_bw_bytes_per_second)
             if target else (MIB, SMALLEST_VMEM, 8e11)
@@ -226,13 +226,6 @@ class _Sizes:
                        block_pages, tile, scale, sliding_window, soft_cap)  # fmt: skip
 
         sizes = sized(block_pages, tile)
-        smem_needed = 4 * (S * M + 2 * S + sum(sizes.list_lengths))
-        if smem_needed > smem * 3 // 4:
-            raise ValueError(
-                f"MosaicTpu keeps the page table in SMEM: {S} sequences of {M} pages, and lists for {T} tokens, take "
-                f"{smem_needed} bytes; of {smem} three quarters can be had. Use larger pages than {page_size} tokens, "
-                "fewer sequences a step, or implementation=Xla()."
-            )
         most = vmem * 7 // 8
         while sizes.vmem_needed > most and blocks.block_tokens is None and sizes.block_pages > least:
             fewer = sizes.block_pages - (step_pages if sizes.block_pages > step_pages else least)
@@ -245,6 +238,14 @@ class _Sizes:
                 f"tiles of {sizes.tile_rows} rows with {K} KV heads of {H} in {pages.dtype}; the target has "
                 f"{vmem / MIB:.0f} MiB, of which {most / MIB:.1f} can be had. Use smaller blocks, smaller pages than "
                 f"{page_size} tokens, more devices, or implementation=Xla()."
+            )
+        # Last: the lists' lengths depend on the tile.
+        smem_needed = 4 * (S * M + 2 * S + sum(sizes.list_lengths))
+        if smem_needed > smem * 3 // 4:
+            raise ValueError(
+                f"MosaicTpu keeps the page table in SMEM: {S} sequences of {M} pages, and lists for {T} tokens, take "
+                f"{smem_needed} bytes; of {smem} three quarters can be had. Use larger pages than {page_size} tokens, "
+                "fewer sequences a step, or implementation=Xla()."
             )
         return sizes
 
