@@ -1,0 +1,76 @@
+"""One continuation of a prompt on its way through the engine. No jax here."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+from maxlike.engine.output import RequestMetrics
+from maxlike.engine.sampling_params import SamplingParams
+
+
+class RequestState(enum.Enum):
+    """Where a request is."""
+
+    WAITING = "waiting"
+    """For a slot and pages: it is new, or was preempted."""
+    RUNNING = "running"
+    """It has a slot, and pages for what it has read so far."""
+    FINISHED = "finished"
+    """It has neither, and never will again."""
+
+
+class Request:
+    """One continuation of a prompt. With n > 1, `SamplingParams` makes n of them.
+
+    The scheduler owns `state`, `slot`, `pages` and what is said there to be its own; the engine owns the rest.
+
+    Args:
+        request_id: of the caller.
+        index: of the n continuations.
+        prompt_token_ids: at least one.
+        params: as asked for.
+        max_total_tokens: prompt and output together; at most what the model and the cache take.
+        priority: lower ones go first.
+        reuse_prefix: whether pages that are in the cache may stand in for reading the prompt. Not where something is
+            wanted of every token of the prompt, such as `prompt_logprobs`.
+    """
+
+    def __init__(self, request_id: str, index: int, prompt_token_ids: list[int], params: SamplingParams,
+                 max_total_tokens: int, priority: int = 0, reuse_prefix: bool = True):
+        self.request_id, self.index, self.params, self.priority = request_id, index, params, priority
+        self.token_ids = list(prompt_token_ids)
+        """Prompt and output, as far as the host knows it."""
+        self.n_prompt = len(prompt_token_ids)
+        self.max_total_tokens = max_total_tokens
+        self.reuse_prefix = reuse_prefix
+        self.in_flight = 0
+        """Tokens being drawn for it that the host has not seen yet. The scheduler counts up, the engine down."""
+        self.metrics = RequestMetrics()
+
+        # The scheduler's.
+        self.state = RequestState.WAITING
+        self.slot = -1
+        self.pages: list[int] = []
+        self.page_hashes: list[bytes] = []
+        self.n_registered = 0
+        self.arrival_key: tuple[int, ...] = ()
+        self.n_preemptions = 0
+
+        # The engine's.
+        self.wants_embedding = False
+        self.detokenizer: Any = None
+        self.grammar: Any = None
+        self.output: Any = None
+        self.prompt_logprobs: Any = None
+        self.client: Any = None
+
+    @property
+    def n_output(self) -> int:
+        """Tokens of the output, as far as the host knows it."""
+        return len(self.token_ids) - self.n_prompt
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The output, as far as the host knows it."""
+        return self.token_ids[self.n_prompt:]
