@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from maxlike.engine.async_engine import QueueFull
+from maxlike.engine.async_engine import EngineDeadError, QueueFullError
 from maxlike.serve.admission import ClientGoneError, Gate
 from maxlike.serve.endpoints import ENDPOINTS
 from maxlike.serve.errors import ApiError, answer_error, answer_fault
@@ -35,7 +35,7 @@ def make_app(service: Service) -> Starlette:
                                      allow_headers=["*"], expose_headers=["Retry-After"]))
     middleware.append(Middleware(Gate, admission=service.admission, config=config))
     handlers: dict[Any, Any] = {error: answer_error
-                                for error in (ApiError, HTTPException, QueueFull, ValueError)}
+                                for error in (ApiError, EngineDeadError, HTTPException, QueueFullError, ValueError)}
     handlers |= {ClientGoneError: _nobody_there, ClientDisconnect: _nobody_there, Exception: answer_fault}
 
     routes = [Route(endpoint.path, functools.partial(endpoint.handler, service), methods=[endpoint.method])

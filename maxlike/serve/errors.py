@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from maxlike.engine.async_engine import QueueFull
+from maxlike.engine.async_engine import EngineDeadError, QueueFullError
 from maxlike.serve.protocol import ChatRequest, CompletionRequest
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "internal_error",
@@ -65,9 +65,10 @@ def as_api_error(error: Exception) -> ApiError | None:
     """What to answer to an error that a request's own content or the moment brings about; `None` for all others."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, QueueFull):
-        return ApiError(429, f"The server has as many requests waiting as it takes: {error}", code="queue_full",
-                        headers=RETRY_AFTER)
+    if isinstance(error, QueueFullError):
+        return ApiError(429, str(error), code="queue_full", headers=RETRY_AFTER)
+    if isinstance(error, EngineDeadError):
+        return ApiError(503, "The engine has stopped; the server has to be started anew.", code="engine_dead")
     if isinstance(error, ValueError) and not isinstance(error, pydantic.ValidationError):  # those are of our replies
         return ApiError(400, str(error), param=_field_in(str(error)))
     return None

@@ -9,7 +9,7 @@ from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from maxlike.engine.async_engine import QueueFull
+from maxlike.engine.async_engine import EngineDeadError, QueueFullError
 from maxlike.serve.admission import Admission, ClientGoneError
 from maxlike.serve.errors import ApiError, as_api_error
 
@@ -42,7 +42,7 @@ class EventStream(Response):
             if not self._started:
                 raise
             return
-        except (ApiError, QueueFull, ValueError) as error:
+        except (ApiError, EngineDeadError, QueueFullError, ValueError) as error:
             if not self._started:
                 raise
             known = as_api_error(error)

@@ -40,7 +40,7 @@ class Generation:
 
         Raises:
             ValueError: the engine cannot run this.
-            QueueFull: too much waits already.
+            QueueFullError: too much waits already.
         """
         engine, params = self.service.engine, self.params
         if params.structured_output is not None:

@@ -80,11 +80,11 @@ class _EngineCollector(Collector):
             ("kv_cache_pages", "Pages of the KV cache.", engine.pages_total),
         ):
             yield GaugeMetricFamily(f"maxlike_{name}", text, value)
-        queried = engine.prompt_tokens + engine.cached_tokens
         for name, text, value in (
-            ("prompt_tokens", "Tokens of prompts.", queried),
+            ("prompt_tokens", "Tokens of prompts, those found in the cache included.",
+             engine.prompt_tokens + engine.cached_tokens),
             ("generation_tokens", "Tokens drawn.", engine.generation_tokens),
-            ("prefix_cache_queries", "Tokens of prompts that were looked for in the cache.", queried),
+            ("prefix_cache_queries", "Tokens of prompts that were looked for in the cache.", engine.queried_tokens),
             ("prefix_cache_hits", "Tokens of prompts that were found in the cache.", engine.cached_tokens),
             ("num_preemptions", "Times that a request gave up its pages to others.", engine.preemptions),
             ("engine_steps", "Steps of the engine.", engine.steps),

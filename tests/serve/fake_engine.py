@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from maxlike.cli import EMBEDDED_MODEL
-from maxlike.engine.async_engine import QueueFull
+from maxlike.engine.async_engine import QueueFullError
 from maxlike.engine.metrics import EngineMetrics
 from maxlike.engine.output import Delta, EmbeddingOutput, Logprob
 from maxlike.engine.sampling_params import SamplingParams
@@ -59,7 +59,7 @@ class FakeEngine:
         self, prompt: list[int], params: SamplingParams, request_id: str, *, priority: int = 0
     ) -> AsyncIterator[list[Delta]]:
         if self.full:
-            raise QueueFull(7)
+            raise QueueFullError(7)
         if any(id >= 4096 for id in prompt):
             raise ValueError("Token id 5000 is beyond the vocabulary: ids are 0 to 4095.")
         call = Call(prompt, params, request_id, priority)
@@ -82,7 +82,7 @@ class FakeEngine:
     def _script(self, index: int, params: SamplingParams) -> list[tuple[int | None, str]]:
         assert self.tokenizer is not None
         reply = f" {index}:{self.reply}" if params.n > 1 else self.reply
-        ids = self.tokenizer.encode(reply)
+        ids = self.tokenizer.encode(reply, add_special_tokens=False)
         if params.max_tokens is not None:
             ids = ids[: params.max_tokens]
         stream = self.tokenizer.stream()
