@@ -53,8 +53,13 @@ class Request:
         self.slot = -1
         self.pages: list[int] = []
         self.page_hashes: list[bytes] = []
+        """Of the full pages of `token_ids`."""
         self.n_registered = 0
-        self.arrival_key: tuple[int, ...] = ()
+        """First pages that need no more registering."""
+        self.cache_epoch = 0
+        """The pool's, when the pages were taken."""
+        self.arrival_key: tuple[int, int] = (0, 0)
+        """Where it stands among all requests; smaller goes first."""
         self.n_preemptions = 0
 
         # The engine's.
@@ -64,6 +69,11 @@ class Request:
         self.output: Any = None
         self.prompt_logprobs: Any = None
         self.client: Any = None
+
+    @property
+    def generates(self) -> bool:
+        """Whether tokens are to be drawn; else the prompt is only read. The engine says in `wants_embedding` before."""
+        return self.params.max_tokens != 0 and not self.wants_embedding
 
     @property
     def n_output(self) -> int:
