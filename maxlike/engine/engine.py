@@ -163,7 +163,7 @@ class Engine:
             if params.logprobs is not None:
                 request.logprobs = []
             if self.tokenizer is not None and request.generates:
-                request.detokenizer = Detokenizer(self.tokenizer, params)
+                request.detokenizer = Detokenizer(self.tokenizer, params, after=prompt)
             if params.structured_output is not None:
                 assert self.grammars is not None
                 request.grammar = self.grammars.compile(params.structured_output)
@@ -191,6 +191,14 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return self._pending is not None or bool(self._requests) or bool(self._moved)
+
+    def compile_for(self, n_prompt: int, params: SamplingParams) -> None:
+        """Compiles what a request alone needs, so that its own time holds no compiling."""
+        runner, budget = self.runner, self.scheduler.max_num_batched_tokens
+        steps = {min(n_prompt, budget), n_prompt % budget or budget} | ({1} if params.max_tokens != 1 else set())
+        for n in sorted(steps):
+            runner.compile("forward", runner.token_bucket(n))
+        runner.compile("greedy" if params.is_plainly_greedy else "full", runner.row_bucket(1))
 
     # -- steps
 
@@ -257,13 +265,12 @@ class Engine:
         """A request has been given a slot."""
         params = request.params
         edits: list[tuple[int, float, int]] = [(id, bias, _FOREVER) for id, bias in params.logit_bias.items()]
-        if params.min_tokens:
+        if params.min_tokens and request.grammar is None:  # a grammar's mask sees to it
             ending = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos)}
             edits += [(id, -np.inf, params.min_tokens) for id in sorted(ending)]
-        penalised = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (1, 0, 0)
-        full = bool(not params.is_greedy or edits or penalised or request.grammar or request.logprobs is not None)
+        penalised = params.is_penalised
         self._slot_params.set(
-            request.slot, n_prompt=request.n_prompt, full=full,
+            request.slot, n_prompt=request.n_prompt, full=not params.is_plainly_greedy,
             integers=(max(params.top_k, 0), *seed_words(request.seed), bool(edits or penalised),
                       request.grammar is not None, request.logprobs is not None),
             floats=(params.temperature, params.top_p, params.min_p, params.repetition_penalty,
@@ -308,7 +315,9 @@ class Engine:
                 mask = np.full((bucket, runner.mask_words), 2**32 - 1, np.uint32)
                 for i, request in enumerate(launched.requests):
                     if request.grammar is not None and request.state is not RequestState.FINISHED:
-                        request.grammar.fill_mask(mask[i])
+                        its = request.params
+                        may_end = not its.ignore_eos and request.n_output >= its.min_tokens
+                        request.grammar.fill_mask(mask[i], may_end)
             sampled = runner.draw(launched.last, where, drawing, mask)
             launched.tokens = sampled.tokens
             if any(request.logprobs is not None for request in launched.requests):

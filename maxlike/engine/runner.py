@@ -105,7 +105,7 @@ class ModelRunner:
         wanted += [(kind, n) for n in self.row_buckets for kind in ("greedy", "full")]
         wanted += [("clear", 0), ("fill", 0)]
         for kind, n in tqdm(wanted, "compiling", disable=None if progress is None else not progress, leave=False):
-            self._program(kind, n)
+            self.compile(kind, n)
         for n in self.row_buckets:
             self._mask(n, None)
 
@@ -113,7 +113,10 @@ class ModelRunner:
         """Of the forward program for `n_tokens`."""
         return ForwardLayout(n_tokens, min(n_tokens, self.n_slots), self.pages_per_sequence)
 
-    def _program(self, kind: str, n: int) -> jax.stages.Compiled:
+    def compile(self, kind: str, n: int) -> jax.stages.Compiled:
+        """The program of a kind (`forward`, `score`: for n tokens; `greedy`, `full`: for n rows; `clear`, `fill`: n is 0),
+        compiled at the first asking.
+        """
         if (kind, n) not in self._programs:
             self._programs[kind, n] = self._lower(kind, n).compile()
             self.n_compiled += 1
@@ -194,13 +197,13 @@ class ModelRunner:
 
         `last` has each sequence's last row, in the order of the step.
         """
-        program = self._program("forward", layout.n_tokens)
+        program = self.compile("forward", layout.n_tokens)
         last, hidden, self._pages = program(self._leaves, self._pages, self._last_tokens, packed)
         return last, hidden
 
     def draw_greedily(self, last: jax.Array, where: np.ndarray) -> jax.Array:
         """The likeliest token of the rows in `where` (see `pack_rows`): `int32[R]`, still being computed."""
-        program = self._program("greedy", where.shape[1])
+        program = self.compile("greedy", where.shape[1])
         tokens, self._last_tokens = program(self._head_leaves, last, self._last_tokens, where)
         return tokens
 
@@ -210,7 +213,7 @@ class ModelRunner:
         Args:
             mask: `uint32[R, V / 32]`, bit `t % 32` of word `t // 32` is token t's; `None`: all are allowed.
         """
-        program = self._program("full", where.shape[1])
+        program = self.compile("full", where.shape[1])
         sampled, self._last_tokens, self._state = program(
             self._head_leaves, last, self._last_tokens, self._state, where, drawing, self._mask(where.shape[1], mask))
         return sampled
@@ -219,7 +222,7 @@ class ModelRunner:
         """Log-probability and rank of up to `SCORED_ROWS` tokens `targets`, each behind its row of `hidden`."""
         where = np.zeros((2, SCORED_ROWS), np.int32)
         where[:, :len(rows)] = rows, targets
-        return self._program("score", hidden.shape[0])(self._head_leaves, hidden, where)
+        return self.compile("score", hidden.shape[0])(self._head_leaves, hidden, where)
 
     def enter_slot(self, slot: int, prompt: list[int], output: list[int],
                    edits: list[tuple[int, float, int]]) -> None:
@@ -232,12 +235,12 @@ class ModelRunner:
         values, until = np.zeros(MAX_EDITS, np.float32), np.zeros(MAX_EDITS, np.int32)
         for i, (token, value, before) in enumerate(edits):
             ids[i], values[i], until[i] = token, value, before
-        self._state = self._program("clear", 0)(self._state, np.int32(slot), ids, values, until)
+        self._state = self.compile("clear", 0)(self._state, np.int32(slot), ids, values, until)
         known = np.array([*prompt, *output], np.int32)
         for start in range(0, len(known), CHUNK):
             chunk = known[start:start + CHUNK]
             n_prompt = np.int32(np.clip(len(prompt) - start, 0, len(chunk)))
-            self._state = self._program("fill", 0)(
+            self._state = self.compile("fill", 0)(
                 self._state, np.int32(slot), np.pad(chunk, (0, CHUNK - len(chunk))), n_prompt, np.int32(len(chunk)))
 
     def _mask(self, n_rows: int, mask: np.ndarray | None) -> jax.Array | np.ndarray:
