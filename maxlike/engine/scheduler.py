@@ -227,9 +227,9 @@ class Scheduler:
         room += "which is all the cache has" if most == self.pool.n_pages else "the longest sequence allowed"
         needed = request.n_prompt + request.generates
         if self.pool.pages_for(needed) > most:
-            new = " and one more" if request.generates else ""
-            raise ValueError(f"The prompt has {request.n_prompt} tokens{new} to be drawn; there is room for {room}. "
-                             "Shorten the prompt, or give the engine a larger cache.")
+            new = ", and one more is to be drawn" if request.generates else ""
+            raise ValueError(f"The prompt has {request.n_prompt} tokens{new}; there is room for {room}. Shorten the "
+                             "prompt, or give the engine a larger cache.")
         if request.generates and not needed <= request.max_total_tokens <= most * self.pool.page_size:
             raise ValueError(f"max_total_tokens must be above the prompt's {request.n_prompt} and fit {room}; got "
                              f"{request.max_total_tokens}.")
