@@ -22,7 +22,6 @@ from maxlike.engine.sampling_params import SamplingParams
 from maxlike.kernels.paged_attention import IMPLEMENTATIONS, choose_implementation, implementation_named
 from maxlike.mesh import check_tensor_parallel_size
 from maxlike.models.build import compute_dtype, default_kv_params, mesh_for
-from maxlike.models.checkpoint import load_model
 from maxlike.models.config import TransformerConfig
 from maxlike.models.hub import resolve
 from maxlike.models.registry import FAMILIES, parse_config
@@ -156,7 +155,7 @@ def _generate(args: argparse.Namespace) -> None:
         if not args.json:
             print(new, end="", flush=True)
     token_ids, metrics = request.output_token_ids, request.metrics
-    assert None not in (metrics.first_scheduled, metrics.first_token, metrics.finished)
+    assert metrics.first_scheduled and metrics.first_token and metrics.finished
     prefill_s, decode_s = metrics.first_token - metrics.first_scheduled, metrics.finished - metrics.first_token
     prefill_tok_s, decode_tok_s = len(prompt) / prefill_s, (len(token_ids) - 1) / decode_s if len(token_ids) > 1 else 0
     if args.json:

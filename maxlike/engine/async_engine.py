@@ -22,7 +22,7 @@ from maxlike.models.config import TransformerConfig
 from maxlike.models.tokenizer import Tokenizer
 
 
-class QueueFull(Exception):
+class QueueFullError(Exception):
     """As many requests wait as may; `limit` says how many."""
 
     def __init__(self, limit: int):
@@ -30,7 +30,7 @@ class QueueFull(Exception):
         self.limit = limit
 
 
-class EngineDead(Exception):
+class EngineDeadError(Exception):
     """The engine's thread has ended with an error, or was closed; no request will be answered."""
 
 
@@ -146,8 +146,8 @@ class AsyncEngine:
 
         Raises:
             ValueError: as `Engine.check`, or the name is taken.
-            QueueFull: too many wait.
-            EngineDead: the engine takes no requests any more, or ended in the midst of this one.
+            QueueFullError: too many wait.
+            EngineDeadError: the engine takes no requests any more, or ended in the midst of this one.
         """
         stream = self._submit(prompt, params, request_id, priority=priority, embed=False, n=params.n)
         try:
@@ -186,7 +186,7 @@ class AsyncEngine:
         return True
 
     def close(self) -> None:
-        """Ends the thread after the step that runs; requests that are there fail with `EngineDead`."""
+        """Ends the thread after the step that runs; requests that are there fail with `EngineDeadError`."""
         self._closing = True
         with self._wake:
             self._wake.notify()
@@ -198,9 +198,9 @@ class AsyncEngine:
     def _submit(self, prompt: Sequence[int], params: SamplingParams, request_id: str, *, priority: int, embed: bool,
                 n: int) -> _Stream:
         if not self.is_ready:
-            raise EngineDead(f"The engine takes no requests: {self._why_not()}.")
+            raise EngineDeadError(f"The engine takes no requests: {self._why_not()}.")
         if self.max_queue is not None and self._n_waiting() >= self.max_queue:
-            raise QueueFull(self.max_queue)
+            raise QueueFullError(self.max_queue)
         if request_id in self._streams:
             raise ValueError(f"There is a request {request_id!r} already: give each a name of its own.")
         self._engine.check(prompt, params, embed=embed)
@@ -244,7 +244,7 @@ class AsyncEngine:
             self.error = error
             raise
         finally:
-            dead = EngineDead(f"The engine ended before the request: {self._why_not()}.")
+            dead = EngineDeadError(f"The engine ended before the request: {self._why_not()}.")
             for stream in list(self._streams.values()):
                 stream.loop.call_soon_threadsafe(stream.fail, dead)
 

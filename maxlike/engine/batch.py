@@ -68,8 +68,8 @@ class ForwardLayout:
 
 ROW_FIELDS = ("top_k", "seed_high", "seed_low", "edited", "masked", "logprobs", "temperature", "top_p", "min_p",
               "repetition", "frequency", "presence")
-"""What a slot's request says of drawing, by the names of `sampling.Rows`, one int32 each; the last six hold the bits of a
-float32."""
+"""What a slot's request says of drawing, by the names of `sampling.Rows`, one int32 each; the last six hold the bits
+of a float32."""
 _N_INTEGERS = 6
 
 
@@ -91,7 +91,7 @@ class SlotParams:
 
 
 def pack_rows(rows: np.ndarray, slots: np.ndarray, bucket: int, n_slots: int) -> np.ndarray:
-    """`int32[2, bucket]`: where the rows lie among the step's sequences, and their slots; padding has slot `n_slots`."""
+    """`int32[2, bucket]`: where the rows lie among the step's sequences, and their slots, `n_slots` for padding."""
     packed = np.zeros((2, bucket), np.int32)
     packed[0, :len(rows)] = rows
     packed[1, :len(rows)] = slots

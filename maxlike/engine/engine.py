@@ -168,8 +168,8 @@ class Engine:
                 assert self.grammars is not None
                 request.grammar = self.grammars.compile(params.structured_output)
                 self._n_constrained += 1
-            request.plain = not (request.grammar or params.stop or params.stop_token_ids or params.ignore_eos
-                                 or request.logprobs is not None)
+            request.ending = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
+            request.plain = not (request.grammar or params.stop)
             siblings.append(request)
         for i, request in enumerate(siblings):
             try:
@@ -225,8 +225,8 @@ class Engine:
         with the old ones is used again.
 
         Args:
-            params: a model of the same structure, its `nnx.state`, or `{name: array}` for all parameters or some, by the
-                names of `named_parameters`; arrays are copied, and cast to the engine's dtypes.
+            params: a model of the same structure, its `nnx.state`, or `{name: array}` for all parameters or some, by
+                the names of `named_parameters`; arrays are copied, and cast to the engine's dtypes.
 
         Raises:
             ValueError: structures, names or shapes differ; nothing has changed then.
@@ -331,9 +331,10 @@ class Engine:
     def _collect(self, launched: _Launched) -> None:
         """Looks at a step's results, which may mean to wait for them."""
         for request, n, sampled in launched.scores:
-            if request.state is not RequestState.FINISHED:
-                request.prompt_logprobs += _logprob_entries(sampled, range(n), request.token_ids[
-                    len(request.prompt_logprobs):], request.params.prompt_logprobs)
+            entries = request.prompt_logprobs
+            if request.state is not RequestState.FINISHED and entries is not None:
+                entries += _logprob_entries(sampled, range(n), request.token_ids[len(entries):],
+                                            request.params.prompt_logprobs)
         for request, row in launched.read:
             if request.state is not RequestState.FINISHED:
                 if request.wants_embedding:
@@ -346,7 +347,7 @@ class Engine:
             for i, request in enumerate(launched.requests):
                 if request.logprobs is not None and request.state is not RequestState.FINISHED:
                     request.logprobs += _logprob_entries(launched.sampled, [i], [tokens[i]], request.params.logprobs)
-        now, eos, page_size, moved = time.perf_counter(), self._eos, self._page_size, self._moved
+        now, page_size, moved = time.perf_counter(), self._page_size, self._moved
         n_dropped = 0
         for request, token in zip(launched.requests, tokens, strict=True):
             request.in_flight -= 1
@@ -360,39 +361,30 @@ class Engine:
                 self.scheduler.on_token(request)
             if n_known == request.n_prompt + 1:
                 request.metrics.first_token = now
-            if request.plain:
-                if token in eos:
-                    self._finish(request, "stop")
-                    continue
-                if request.detokenizer is not None:
-                    request.pieces.append(request.detokenizer.push(token))
-                if n_known >= request.max_total_tokens:
-                    self._finish(request, "length")
-                    continue
-                moved.append(request)
-            else:
-                self._advance(request, token)
+            if token in request.ending:
+                self._finish(request, "stop", token if token in request.params.stop_token_ids else None)
+                continue
+            if request.detokenizer is not None:
+                request.pieces.append(request.detokenizer.push(token))
+            if not request.plain and self._ends_in(request, token):
+                continue
+            if n_known >= request.max_total_tokens:
+                self._finish(request, "length")
+                continue
+            moved.append(request)
         self.metrics.generation_tokens += len(tokens) - n_dropped
 
-    def _advance(self, request: Request, token: int) -> None:
-        """A token of a request that has more ends than the usual."""
-        params = request.params
-        grammar = request.grammar
-        if token in params.stop_token_ids:
-            return self._finish(request, "stop", token)
-        if token in self._eos and not params.ignore_eos:
-            return self._finish(request, "stop")
-        if request.detokenizer is not None:
-            request.pieces.append(request.detokenizer.push(token))
-            if request.detokenizer.stopped_by is not None:
-                return self._finish(request, "stop", request.detokenizer.stopped_by)
-        if grammar is not None:
-            grammar.accept(token)
-            if grammar.is_finished:
-                return self._finish(request, "stop")
-        if len(request.token_ids) >= request.max_total_tokens:
-            return self._finish(request, "length")
-        self._moved.append(request)
+    def _ends_in(self, request: Request, token: int) -> bool:
+        """Whether a token has ended the request by what its text has come to."""
+        if request.params.stop and request.detokenizer.stopped_by is not None:
+            self._finish(request, "stop", request.detokenizer.stopped_by)
+            return True
+        if request.grammar is not None:
+            request.grammar.accept(token)
+            if request.grammar.is_finished:
+                self._finish(request, "stop")
+                return True
+        return False
 
     def _finish(self, request: Request, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         request.finish_reason, request.stop_reason = reason, stop_reason

@@ -68,7 +68,9 @@ class Request:
         self.seed = 0
         """Of this continuation."""
         self.plain = True
-        """Whether nothing but a token of the model's and its length can end it, and nobody wants logprobs."""
+        """Whether nothing but a token and its length can end it."""
+        self.ending: frozenset[int] = frozenset()
+        """Tokens that end it."""
         self.wants_embedding = False
         self.embedding: np.ndarray | None = None
         self.detokenizer: Any = None

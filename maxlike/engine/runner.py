@@ -82,7 +82,7 @@ class ModelRunner:
         self._head_leaves, self._head_treedef = jax.tree.flatten(head)
 
     def temporary_bytes(self) -> int:
-        """Bytes on each device that the largest programs need beside weights and cache: they are compiled, and asked."""
+        """Bytes on each device that the largest programs need beside weights and cache: compiled, they tell."""
         largest = self._lower("forward", self.token_buckets[-1], n_pages=1), self._lower("full", self.row_buckets[-1])
         self.n_compiled += len(largest)
         state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._state_shapes))
@@ -114,8 +114,9 @@ class ModelRunner:
         return ForwardLayout(n_tokens, min(n_tokens, self.n_slots), self.pages_per_sequence)
 
     def compile(self, kind: str, n: int) -> jax.stages.Compiled:
-        """The program of a kind (`forward`, `score`: for n tokens; `greedy`, `full`: for n rows; `clear`, `fill`: n is 0),
-        compiled at the first asking.
+        """The program of a kind, compiled at the first asking.
+
+        `forward` and `score` are for n tokens, `greedy` and `full` for n rows; of `clear` and `fill` there is one, 0.
         """
         if (kind, n) not in self._programs:
             self._programs[kind, n] = self._lower(kind, n).compile()
@@ -261,5 +262,5 @@ class ModelRunner:
 
 
 def _temporaries(compiled: jax.stages.Compiled) -> int:
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
