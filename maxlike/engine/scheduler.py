@@ -128,8 +128,6 @@ class Scheduler:
         self._check_fits(request)
         if not _INT32.min < request.priority <= _INT32.max:
             raise ValueError(f"priority must be between {_INT32.min + 1} and {_INT32.max}; got {request.priority}.")
-        if self.pool.enable_prefix_caching:
-            extend_hashes(request.page_hashes, request.token_ids, self.pool.page_size)
         request.arrival_key = (self._n_steps + request.priority * self.aging_steps, self._n_arrived)
         self._n_arrived += 1
         insort(self._waiting, request, key=_KEY)
@@ -283,9 +281,11 @@ class Scheduler:
 
     def _cached_prefix(self, request: Request) -> list[int] | None:
         """Pages in the cache that the sequence begins with; `None` if a running request is computing the next one."""
-        if not (request.reuse_prefix and self.pool.enable_prefix_caching):
+        if not self.pool.enable_prefix_caching:
             return []
         extend_hashes(request.page_hashes, request.token_ids, self.pool.page_size)
+        if not request.reuse_prefix:
+            return []
         # The last token has to be read, whether or not it is in the cache: what follows it is not.
         hashes = request.page_hashes[:(len(request.token_ids) - 1) // self.pool.page_size]
         pages = self.pool.lookup(hashes)
@@ -377,9 +377,8 @@ class Scheduler:
             hash = request.page_hashes[i]
             if request.cache_epoch == self.pool.epoch:
                 self.pool.register(request.pages[i], hash)
-            if self._computing.get(hash) is request:
-                del self._computing[hash]
-        request.n_registered = max(request.n_registered, n_full)
+            self._computing.pop(hash, None)
+        request.n_registered = n_full
 
     def _preempt(self, request: Request) -> None:
         self._give_up_slot(request)
@@ -402,4 +401,4 @@ class Scheduler:
         self._priorities[slot] = _INT32.min
         self.slot_requests[slot] = None
         self._free_slots.append(slot)
-        request.slot, request.pages, request.n_registered = -1, [], 0
+        request.slot, request.pages = -1, []

@@ -180,16 +180,17 @@ def test_without_caching_nothing_is_shared_or_waited_for() -> None:
 def test_what_was_computed_before_the_cache_was_cleared_is_never_found() -> None:
     engine = SimulatedEngine(n_pages=30, page_size=2, budget=64)
     prompt = never_stops(8, 30)
+    text = prompt + alone(prompt, 30)
     engine.add(prompt, 30)
     for _ in range(4):
         engine.step()
     engine.pool.clear_cache()
-    fresh = engine.add(prompt, 1)  # registers the beginning anew, in front of what r0 goes on to fill
-    for _ in range(6):
-        engine.step()
-    late = engine.add([*prompt, *alone(prompt, 30)[:4], 0], 1)
+    fresh = engine.add(text[:12], 1)  # registers the beginning anew, as far as r0 had got
+    for _ in range(8):
+        engine.step()  # and here r0 fills the pages behind it
+    late = engine.add([*text[:17], 0], 1)
     engine.step()
-    assert fresh.metrics.cached_tokens == 0 and late.metrics.cached_tokens == 8
+    assert fresh.metrics.cached_tokens == 0 and late.metrics.cached_tokens == 12
     engine.finish_all()
 
 
@@ -219,6 +220,7 @@ def test_recomputing_waits_until_all_tokens_are_known() -> None:
     engine.deliver()
     step = engine.step()
     assert step.preempted == step.admitted == [request] and request.n_output == 2
+    assert (request.metrics.cached_tokens, engine.pool.queried_tokens, engine.pool.hit_tokens) == (0, 3, 0), "only once"
     assert rows(step) == [("r0", 2, 3, True)]  # the first page is in the cache, the second was not known to be full
     engine.finish_all()
 
@@ -252,6 +254,38 @@ def test_lower_values_make_higher_ones_wait_and_give_way() -> None:
     assert low[0].n_preemptions == 0
 
 
+def test_who_makes_way_leaves_the_step_with_all_it_was_to_do() -> None:
+    engine = SimulatedEngine(n_pages=40, page_size=2, max_num_seqs=1, budget=6)
+    low = engine.add(never_stops(8, 2), 2, priority=5)
+    engine.step()
+    high = engine.add(never_stops(3, 2, skip=1), 2)
+    step = engine.step()  # in which the prompt of `low` would have come to its end
+    assert rows(step) == [("r1", 0, 3, True)] and step.preempted == [low] and step.admitted == [high]
+    engine.finish_all()
+
+
+def test_who_makes_way_does_not_come_back_in_the_same_step() -> None:
+    engine = SimulatedEngine(n_pages=10, page_size=2, budget=64, ahead=0)
+    prompt = never_stops(7, 4)
+    low = [engine.add(prompt, 4, priority=5), engine.add(never_stops(3, 4, skip=1), 4, priority=5)]
+    engine.step()
+    engine.pool.clear_cache()
+    high = engine.add([*prompt, 1, 1, 1, 1, 1, 1], 1)  # 7 pages: both have to go, though 3 are left over
+    step = engine.step()  # low[0] waits for the pages that `high` computes, and low[1] could pass it
+    assert step.admitted == step.requests == [high] and step.preempted == low[::-1]
+    engine.finish_all()
+
+
+def test_equals_do_not_make_way() -> None:
+    engine = SimulatedEngine(n_pages=20, max_num_seqs=2, budget=64)
+    prompt = never_stops(9, 6)
+    first, same, other = engine.add(prompt, 6), engine.add(prompt, 6), engine.add(never_stops(4, 6, skip=1), 6)
+    assert engine.step().admitted == [first, other], "`same` waits for pages of `first`, and is passed"
+    step = engine.step()
+    assert step.preempted == [] and same.state is RequestState.WAITING
+    engine.finish_all()
+
+
 def test_nobody_gives_way_in_vain() -> None:
     engine = SimulatedEngine(n_pages=10, page_size=2, budget=32)
     first = engine.add(never_stops(10, 4), 4)
@@ -273,6 +307,17 @@ def test_pages_that_others_share_are_no_gain() -> None:
     assert engine.pool.n_free == 4
     engine.add(never_stops(11, 1, skip=1), 1)  # wants 6
     assert engine.step().preempted == [] and low.state is RequestState.RUNNING
+    engine.finish_all()
+
+
+def test_pages_that_the_request_itself_will_share_are_no_gain() -> None:
+    engine = SimulatedEngine(n_pages=6, page_size=2, budget=64)
+    engine.add(never_stops(3, 1), 1)
+    prompt = never_stops(5, 1, skip=1)
+    low = engine.add(prompt, 1, priority=5)
+    engine.dispatch(engine.scheduler.schedule())
+    engine.add([*prompt[:4], 1, 1, 1, 1, 1], 1)  # 5 pages, of which `low` has 2; 1 is free
+    assert engine.scheduler.schedule() is None and low.state is RequestState.RUNNING
     engine.finish_all()
 
 
