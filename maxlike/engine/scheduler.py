@@ -68,20 +68,23 @@ class Scheduler:
         max_num_batched_tokens: the most tokens in a step.
         pages_per_sequence: M, the width of the page table.
         aging_steps: what a level of priority is worth, in steps.
+        headroom: a request is admitted only where it and those that run could all go on for so many tokens. With 0
+            an engine that lacks pages lets many in only to preempt and recompute them.
 
     Raises:
-        ValueError: one of the numbers is below 1.
+        ValueError: `headroom` is below 0, or another of the numbers below 1.
     """
 
     def __init__(self, pool: PagePool, *, max_num_seqs: int, max_num_batched_tokens: int, pages_per_sequence: int,
-                 aging_steps: int = 1000):
-        for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens),
-                            ("pages_per_sequence", pages_per_sequence), ("aging_steps", aging_steps)):
-            if value < 1:
-                raise ValueError(f"Scheduler.{name} must be at least 1; got {value}.")
+                 aging_steps: int = 1000, headroom: int = 16):
+        for name, value, least in (("max_num_seqs", max_num_seqs, 1), ("aging_steps", aging_steps, 1),
+                                   ("max_num_batched_tokens", max_num_batched_tokens, 1),
+                                   ("pages_per_sequence", pages_per_sequence, 1), ("headroom", headroom, 0)):
+            if value < least:
+                raise ValueError(f"Scheduler.{name} must be at least {least}; got {value}.")
         self.pool = pool
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
-        self.pages_per_sequence, self.aging_steps = pages_per_sequence, aging_steps
+        self.pages_per_sequence, self.aging_steps, self.headroom = pages_per_sequence, aging_steps, headroom
         self.n_preemptions = 0
         """In all."""
         self.lengths = np.zeros(max_num_seqs, np.int32)
@@ -95,6 +98,7 @@ class Scheduler:
         self.decoding = np.zeros(max_num_seqs, bool)
         """Whether the sequence has been read to its end, and tokens are drawn."""
         self.slot_requests: list[Request | None] = [None] * max_num_seqs
+        self._known = np.zeros(max_num_seqs, np.int32)  # tokens at admission
         self._priorities = np.full(max_num_seqs, _INT32.min, np.int64)  # of an empty slot: nobody's victim
         self._free_slots = list(reversed(range(max_num_seqs)))
         self._waiting: list[Request] = []  # by key
@@ -292,9 +296,16 @@ class Scheduler:
         return None if len(pages) < len(hashes) and hashes[len(pages)] in self._computing else pages
 
     def _make_room(self, request: Request, cached: list[int]) -> bool:
-        """Whether a slot and pages are there; running requests of higher priority values make way where that helps."""
-        wanted = self.pool.pages_for(len(request.token_ids)) - len(cached)
-        free = self.pool.n_free_beside(cached)
+        """Whether a slot and pages are there; running requests of higher priority values make way where that helps.
+
+        Pages for the sequence, and for the headroom of it and of all that go on.
+        """
+        n_tokens = len(request.token_ids)
+        goal = min(n_tokens + self.headroom, request.max_total_tokens - 1) if request.generates else n_tokens
+        wanted = self.pool.pages_for(max(goal, n_tokens)) - len(cached)
+        goals = np.minimum(np.maximum(self.lengths, self._known) + self.headroom, self.limit)
+        growth = np.maximum(-(-(goals - self.capacity) // self.pool.page_size), 0)
+        free = self.pool.n_free_beside(cached) - int(growth.sum())
         if self._free_slots and free >= wanted:
             return True
         candidates = [self._at(slot) for slot in np.flatnonzero(self._priorities > request.priority).tolist()]
@@ -306,6 +317,7 @@ class Scheduler:
             victims.append(victim)
             owned.update(victim.pages)
             free += sum(owned[page] == self.pool.owners(page) and page not in cached for page in victim.pages)
+            free += int(growth[victim.slot])
             if free >= wanted:
                 for loser in victims:
                     self._preempt(loser)
@@ -323,6 +335,7 @@ class Scheduler:
         request.n_registered = len(cached)
         self.slot_requests[slot] = request
         self.lengths[slot] = len(cached) * page_size
+        self._known[slot] = n_tokens
         self.limit[slot] = request.max_total_tokens - 1 if request.generates else 0
         self._priorities[slot] = request.priority
         self._append_pages(request, cached + fresh)
@@ -397,7 +410,7 @@ class Scheduler:
         if request in self._prefilling:
             self._prefilling.remove(request)
         self.decoding[slot] = False
-        self.lengths[slot] = self.limit[slot] = self.capacity[slot] = 0
+        self.lengths[slot] = self.limit[slot] = self.capacity[slot] = self._known[slot] = 0
         self._priorities[slot] = _INT32.min
         self.slot_requests[slot] = None
         self._free_slots.append(slot)

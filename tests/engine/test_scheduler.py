@@ -63,6 +63,7 @@ def test_a_request_decodes_ahead_of_the_host_and_no_further_than_its_limit() -> 
 def test_a_prompt_that_is_only_read_draws_nothing_and_runs_until_it_is_finished(options: dict[str, Any]) -> None:
     engine = SimulatedEngine(budget=4, ahead=9)
     request = engine.add([0, 1, 2, 0, 1], **options)
+    request.max_total_tokens = 2**40  # of no interest where nothing is drawn
     assert rows(engine.step()) == [("r0", 0, 4, False)] and rows(engine.step()) == [("r0", 4, 1, False)]
     assert engine.scheduler.schedule() is None and request.state is RequestState.RUNNING and not request.in_flight
     engine.finish_all()
@@ -241,6 +242,30 @@ def test_requests_wait_for_pages_in_order_and_none_is_lost() -> None:
     engine.finish_all()
 
 
+def test_admission_leaves_room_to_go_on() -> None:
+    engine = SimulatedEngine(n_pages=10, page_size=2, budget=64, headroom=4)
+    first, second = engine.add(never_stops(5, 12), 12), engine.add(never_stops(7, 2, skip=1), 2)
+    third = engine.add(never_stops(1, 2, skip=2), 2)
+    # To go on they want pages for 9, 8 and 2 tokens (their last one is never read): all 10, of which they have 8.
+    assert engine.step().admitted == [first, second, third] and engine.pool.n_free == 2
+    fourth = engine.add(never_stops(1, 2, skip=3), 2)
+    assert engine.step().admitted == [] and engine.pool.n_free > 0
+    engine.finish_all()
+    assert fourth.n_output == 2 and engine.scheduler.n_preemptions == 0
+
+
+def test_headroom_spares_recomputing() -> None:
+    computed = []
+    for headroom in (0, 16):
+        engine = SimulatedEngine(n_pages=100, page_size=4, max_num_seqs=64, budget=128, headroom=headroom)
+        for i in range(150):
+            engine.add([i % 7, i, *range(4 + i % 13)], 40)
+        engine.finish_all()
+        computed.append(sum(engine.computed.values()))
+    needed = sum(len(request.token_ids) - 1 for request in engine.requests)
+    assert computed[1] - needed < (computed[0] - needed) / 4, (computed, needed)
+
+
 def test_lower_values_make_higher_ones_wait_and_give_way() -> None:
     engine = SimulatedEngine(n_pages=40, page_size=2, max_num_seqs=2, budget=32)
     low = [engine.add(never_stops(4, 9, skip=i), 9, priority=5) for i in range(3)]
@@ -394,10 +419,11 @@ def test_priorities_are_within_int32() -> None:
     assert not engine.scheduler.has_requests
 
 
-@pytest.mark.parametrize("name", ["max_num_seqs", "max_num_batched_tokens", "pages_per_sequence", "aging_steps"])
-def test_numbers_are_checked(name: str) -> None:
-    numbers = {"max_num_seqs": 1, "max_num_batched_tokens": 1, "pages_per_sequence": 1, name: 0}
-    with pytest.raises(ValueError, match=f"Scheduler.{name} must be at least 1; got 0"):
+@pytest.mark.parametrize(("name", "least"), [("max_num_seqs", 1), ("max_num_batched_tokens", 1), ("headroom", 0),
+                                             ("pages_per_sequence", 1), ("aging_steps", 1)])
+def test_numbers_are_checked(name: str, least: int) -> None:
+    numbers = {"max_num_seqs": 1, "max_num_batched_tokens": 1, "pages_per_sequence": 1, name: least - 1}
+    with pytest.raises(ValueError, match=f"Scheduler.{name} must be at least {least}; got {least - 1}"):
         Scheduler(PagePool(1, 1), **numbers)
 
 
