@@ -270,6 +270,8 @@ class Scheduler:
             # row has been taken out of it.
             if request.in_flight or request in self._preempted[n_before:]:
                 break
+            if not self._free_slots and not (self._priorities > request.priority).any():
+                break
             cached = self._cached_prefix(request)
             if cached is None:  # there will be more in the cache after this step or a later one, so others may pass
                 place += 1
@@ -302,7 +304,7 @@ class Scheduler:
         """
         n_tokens = len(request.token_ids)
         goal = min(n_tokens + self.headroom, request.max_total_tokens - 1) if request.generates else n_tokens
-        wanted = self.pool.pages_for(max(goal, n_tokens)) - len(cached)
+        wanted = self.pool.pages_for(goal) - len(cached)
         goals = np.minimum(np.maximum(self.lengths, self._known) + self.headroom, self.limit)
         growth = np.maximum(-(-(goals - self.capacity) // self.pool.page_size), 0)
         free = self.pool.n_free_beside(cached) - int(growth.sum())
@@ -410,7 +412,7 @@ class Scheduler:
         if request in self._prefilling:
             self._prefilling.remove(request)
         self.decoding[slot] = False
-        self.lengths[slot] = self.limit[slot] = self.capacity[slot] = self._known[slot] = 0
+        self.lengths[slot] = self.limit[slot] = self.capacity[slot] = 0
         self._priorities[slot] = _INT32.min
         self.slot_requests[slot] = None
         self._free_slots.append(slot)

@@ -245,13 +245,30 @@ def test_requests_wait_for_pages_in_order_and_none_is_lost() -> None:
 def test_admission_leaves_room_to_go_on() -> None:
     engine = SimulatedEngine(n_pages=10, page_size=2, budget=64, headroom=4)
     first, second = engine.add(never_stops(5, 12), 12), engine.add(never_stops(7, 2, skip=1), 2)
-    third = engine.add(never_stops(1, 2, skip=2), 2)
+    third, fourth = (engine.add(never_stops(1, 2, skip=i), 2) for i in (2, 3))
     # To go on they want pages for 9, 8 and 2 tokens (their last one is never read): all 10, of which they have 8.
     assert engine.step().admitted == [first, second, third] and engine.pool.n_free == 2
-    fourth = engine.add(never_stops(1, 2, skip=3), 2)
     assert engine.step().admitted == [] and engine.pool.n_free > 0
     engine.finish_all()
     assert fourth.n_output == 2 and engine.scheduler.n_preemptions == 0
+
+
+def test_who_is_admitted_has_room_to_go_on() -> None:
+    engine = SimulatedEngine(n_pages=10, page_size=2, budget=64, headroom=4)
+    first = engine.add(never_stops(5, 12), 12)
+    engine.add(never_stops(7, 12, skip=1), 12)  # has 4 pages and will want 6; 7 are free, 2 of them for `first`
+    assert engine.step().admitted == [first]
+    engine.finish_all()
+
+
+def test_who_makes_way_needs_no_room_to_go_on() -> None:
+    engine = SimulatedEngine(n_pages=8, page_size=2, budget=64, headroom=4)
+    low = engine.add(never_stops(3, 12), 12, priority=5)
+    engine.step()
+    high = engine.add(never_stops(15, 1, skip=1), 1)  # all pages
+    step = engine.step()
+    assert step.admitted == [high] and step.preempted == [low]
+    engine.finish_all()
 
 
 def test_headroom_spares_recomputing() -> None:
