@@ -68,20 +68,23 @@ class Scheduler:
         max_num_batched_tokens: the most tokens in a step.
         pages_per_sequence: M, the width of the page table.
         aging_steps: what a level of priority is worth, in steps.
+        headroom: a request is admitted only where it and those that run could all go on for so many tokens. With 0
+            an engine that lacks pages lets many in only to preempt and recompute them.
 
     Raises:
-        ValueError: one of the numbers is below 1.
+        ValueError: `headroom` is below 0, or another of the numbers below 1.
     """
 
     def __init__(self, pool: PagePool, *, max_num_seqs: int, max_num_batched_tokens: int, pages_per_sequence: int,
-                 aging_steps: int = 1000):
-        for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens),
-                            ("pages_per_sequence", pages_per_sequence), ("aging_steps", aging_steps)):
-            if value < 1:
-                raise ValueError(f"Scheduler.{name} must be at least 1; got {value}.")
+                 aging_steps: int = 1000, headroom: int = 16):
+        for name, value, least in (("max_num_seqs", max_num_seqs, 1), ("aging_steps", aging_steps, 1),
+                                   ("max_num_batched_tokens", max_num_batched_tokens, 1),
+                                   ("pages_per_sequence", pages_per_sequence, 1), ("headroom", headroom, 0)):
+            if value < least:
+                raise ValueError(f"Scheduler.{name} must be at least {least}; got {value}.")
         self.pool = pool
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
-        self.pages_per_sequence, self.aging_steps = pages_per_sequence, aging_steps
+        self.pages_per_sequence, self.aging_steps, self.headroom = pages_per_sequence, aging_steps, headroom
         self.n_preemptions = 0
         """In all."""
         self.lengths = np.zeros(max_num_seqs, np.int32)
@@ -95,6 +98,7 @@ class Scheduler:
         self.decoding = np.zeros(max_num_seqs, bool)
         """Whether the sequence has been read to its end, and tokens are drawn."""
         self.slot_requests: list[Request | None] = [None] * max_num_seqs
+        self._known = np.zeros(max_num_seqs, np.int32)  # tokens at admission
         self._priorities = np.full(max_num_seqs, _INT32.min, np.int64)  # of an empty slot: nobody's victim
         self._free_slots = list(reversed(range(max_num_seqs)))
         self._waiting: list[Request] = []  # by key
@@ -128,8 +132,6 @@ class Scheduler:
         self._check_fits(request)
         if not _INT32.min < request.priority <= _INT32.max:
             raise ValueError(f"priority must be between {_INT32.min + 1} and {_INT32.max}; got {request.priority}.")
-        if self.pool.enable_prefix_caching:
-            extend_hashes(request.page_hashes, request.token_ids, self.pool.page_size)
         request.arrival_key = (self._n_steps + request.priority * self.aging_steps, self._n_arrived)
         self._n_arrived += 1
         insort(self._waiting, request, key=_KEY)
@@ -268,6 +270,8 @@ class Scheduler:
             # row has been taken out of it.
             if request.in_flight or request in self._preempted[n_before:]:
                 break
+            if not self._free_slots and not (self._priorities > request.priority).any():
+                break
             cached = self._cached_prefix(request)
             if cached is None:  # there will be more in the cache after this step or a later one, so others may pass
                 place += 1
@@ -283,18 +287,27 @@ class Scheduler:
 
     def _cached_prefix(self, request: Request) -> list[int] | None:
         """Pages in the cache that the sequence begins with; `None` if a running request is computing the next one."""
-        if not (request.reuse_prefix and self.pool.enable_prefix_caching):
+        if not self.pool.enable_prefix_caching:
             return []
         extend_hashes(request.page_hashes, request.token_ids, self.pool.page_size)
+        if not request.reuse_prefix:
+            return []
         # The last token has to be read, whether or not it is in the cache: what follows it is not.
         hashes = request.page_hashes[:(len(request.token_ids) - 1) // self.pool.page_size]
         pages = self.pool.lookup(hashes)
         return None if len(pages) < len(hashes) and hashes[len(pages)] in self._computing else pages
 
     def _make_room(self, request: Request, cached: list[int]) -> bool:
-        """Whether a slot and pages are there; running requests of higher priority values make way where that helps."""
-        wanted = self.pool.pages_for(len(request.token_ids)) - len(cached)
-        free = self.pool.n_free_beside(cached)
+        """Whether a slot and pages are there; running requests of higher priority values make way where that helps.
+
+        Pages for the sequence, and for the headroom of it and of all that go on.
+        """
+        n_tokens = len(request.token_ids)
+        goal = min(n_tokens + self.headroom, request.max_total_tokens - 1) if request.generates else n_tokens
+        wanted = self.pool.pages_for(goal) - len(cached)
+        goals = np.minimum(np.maximum(self.lengths, self._known) + self.headroom, self.limit)
+        growth = np.maximum(-(-(goals - self.capacity) // self.pool.page_size), 0)
+        free = self.pool.n_free_beside(cached) - int(growth.sum())
         if self._free_slots and free >= wanted:
             return True
         candidates = [self._at(slot) for slot in np.flatnonzero(self._priorities > request.priority).tolist()]
@@ -306,6 +319,7 @@ class Scheduler:
             victims.append(victim)
             owned.update(victim.pages)
             free += sum(owned[page] == self.pool.owners(page) and page not in cached for page in victim.pages)
+            free += int(growth[victim.slot])
             if free >= wanted:
                 for loser in victims:
                     self._preempt(loser)
@@ -323,6 +337,7 @@ class Scheduler:
         request.n_registered = len(cached)
         self.slot_requests[slot] = request
         self.lengths[slot] = len(cached) * page_size
+        self._known[slot] = n_tokens
         self.limit[slot] = request.max_total_tokens - 1 if request.generates else 0
         self._priorities[slot] = request.priority
         self._append_pages(request, cached + fresh)
@@ -377,9 +392,8 @@ class Scheduler:
             hash = request.page_hashes[i]
             if request.cache_epoch == self.pool.epoch:
                 self.pool.register(request.pages[i], hash)
-            if self._computing.get(hash) is request:
-                del self._computing[hash]
-        request.n_registered = max(request.n_registered, n_full)
+            self._computing.pop(hash, None)
+        request.n_registered = n_full
 
     def _preempt(self, request: Request) -> None:
         self._give_up_slot(request)
@@ -402,4 +416,4 @@ class Scheduler:
         self._priorities[slot] = _INT32.min
         self.slot_requests[slot] = None
         self._free_slots.append(slot)
-        request.slot, request.pages, request.n_registered = -1, [], 0
+        request.slot, request.pages = -1, []

@@ -54,10 +54,12 @@ class SimulatedEngine:
     """Adds, steps and delivers; `ahead` steps are in flight when the oldest one's tokens are looked at."""
 
     def __init__(self, n_pages: int = 8, page_size: int = 4, max_num_seqs: int = 4, budget: int = 16,
-                 pages_per_sequence: int | None = None, caching: bool = True, ahead: int = 1, aging_steps: int = 1000):
+                 pages_per_sequence: int | None = None, caching: bool = True, ahead: int = 1, aging_steps: int = 1000,
+                 headroom: int = 0):
         self.pool = PagePool(n_pages, page_size, caching)
         self.scheduler = Scheduler(self.pool, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget,
-                                   pages_per_sequence=pages_per_sequence or n_pages, aging_steps=aging_steps)
+                                   pages_per_sequence=pages_per_sequence or n_pages, aging_steps=aging_steps,
+                                   headroom=headroom)
         self.ahead = ahead
         self.requests: list[Request] = []
         self.cancelled: set[str] = set()

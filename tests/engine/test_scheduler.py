@@ -63,6 +63,7 @@ def test_a_request_decodes_ahead_of_the_host_and_no_further_than_its_limit() -> 
 def test_a_prompt_that_is_only_read_draws_nothing_and_runs_until_it_is_finished(options: dict[str, Any]) -> None:
     engine = SimulatedEngine(budget=4, ahead=9)
     request = engine.add([0, 1, 2, 0, 1], **options)
+    request.max_total_tokens = 2**40  # of no interest where nothing is drawn
     assert rows(engine.step()) == [("r0", 0, 4, False)] and rows(engine.step()) == [("r0", 4, 1, False)]
     assert engine.scheduler.schedule() is None and request.state is RequestState.RUNNING and not request.in_flight
     engine.finish_all()
@@ -180,16 +181,17 @@ def test_without_caching_nothing_is_shared_or_waited_for() -> None:
 def test_what_was_computed_before_the_cache_was_cleared_is_never_found() -> None:
     engine = SimulatedEngine(n_pages=30, page_size=2, budget=64)
     prompt = never_stops(8, 30)
+    text = prompt + alone(prompt, 30)
     engine.add(prompt, 30)
     for _ in range(4):
         engine.step()
     engine.pool.clear_cache()
-    fresh = engine.add(prompt, 1)  # registers the beginning anew, in front of what r0 goes on to fill
-    for _ in range(6):
-        engine.step()
-    late = engine.add([*prompt, *alone(prompt, 30)[:4], 0], 1)
+    fresh = engine.add(text[:12], 1)  # registers the beginning anew, as far as r0 had got
+    for _ in range(8):
+        engine.step()  # and here r0 fills the pages behind it
+    late = engine.add([*text[:17], 0], 1)
     engine.step()
-    assert fresh.metrics.cached_tokens == 0 and late.metrics.cached_tokens == 8
+    assert fresh.metrics.cached_tokens == 0 and late.metrics.cached_tokens == 12
     engine.finish_all()
 
 
@@ -219,6 +221,7 @@ def test_recomputing_waits_until_all_tokens_are_known() -> None:
     engine.deliver()
     step = engine.step()
     assert step.preempted == step.admitted == [request] and request.n_output == 2
+    assert (request.metrics.cached_tokens, engine.pool.queried_tokens, engine.pool.hit_tokens) == (0, 3, 0), "only once"
     assert rows(step) == [("r0", 2, 3, True)]  # the first page is in the cache, the second was not known to be full
     engine.finish_all()
 
@@ -239,6 +242,47 @@ def test_requests_wait_for_pages_in_order_and_none_is_lost() -> None:
     engine.finish_all()
 
 
+def test_admission_leaves_room_to_go_on() -> None:
+    engine = SimulatedEngine(n_pages=10, page_size=2, budget=64, headroom=4)
+    first, second = engine.add(never_stops(5, 12), 12), engine.add(never_stops(7, 2, skip=1), 2)
+    third, fourth = (engine.add(never_stops(1, 2, skip=i), 2) for i in (2, 3))
+    # To go on they want pages for 9, 8 and 2 tokens (their last one is never read): all 10, of which they have 8.
+    assert engine.step().admitted == [first, second, third] and engine.pool.n_free == 2
+    assert engine.step().admitted == [] and engine.pool.n_free > 0
+    engine.finish_all()
+    assert fourth.n_output == 2 and engine.scheduler.n_preemptions == 0
+
+
+def test_who_is_admitted_has_room_to_go_on() -> None:
+    engine = SimulatedEngine(n_pages=10, page_size=2, budget=64, headroom=4)
+    first = engine.add(never_stops(5, 12), 12)
+    engine.add(never_stops(7, 12, skip=1), 12)  # has 4 pages and will want 6; 7 are free, 2 of them for `first`
+    assert engine.step().admitted == [first]
+    engine.finish_all()
+
+
+def test_who_makes_way_needs_no_room_to_go_on() -> None:
+    engine = SimulatedEngine(n_pages=8, page_size=2, budget=64, headroom=4)
+    low = engine.add(never_stops(3, 12), 12, priority=5)
+    engine.step()
+    high = engine.add(never_stops(15, 1, skip=1), 1)  # all pages
+    step = engine.step()
+    assert step.admitted == [high] and step.preempted == [low]
+    engine.finish_all()
+
+
+def test_headroom_spares_recomputing() -> None:
+    computed = []
+    for headroom in (0, 16):
+        engine = SimulatedEngine(n_pages=100, page_size=4, max_num_seqs=64, budget=128, headroom=headroom)
+        for i in range(150):
+            engine.add([i % 7, i, *range(4 + i % 13)], 40)
+        engine.finish_all()
+        computed.append(sum(engine.computed.values()))
+    needed = sum(len(request.token_ids) - 1 for request in engine.requests)
+    assert computed[1] - needed < (computed[0] - needed) / 4, (computed, needed)
+
+
 def test_lower_values_make_higher_ones_wait_and_give_way() -> None:
     engine = SimulatedEngine(n_pages=40, page_size=2, max_num_seqs=2, budget=32)
     low = [engine.add(never_stops(4, 9, skip=i), 9, priority=5) for i in range(3)]
@@ -250,6 +294,38 @@ def test_lower_values_make_higher_ones_wait_and_give_way() -> None:
     assert engine.scheduler.n_waiting == 3 and equal.n_preemptions == 0
     engine.finish_all()
     assert low[0].n_preemptions == 0
+
+
+def test_who_makes_way_leaves_the_step_with_all_it_was_to_do() -> None:
+    engine = SimulatedEngine(n_pages=40, page_size=2, max_num_seqs=1, budget=6)
+    low = engine.add(never_stops(8, 2), 2, priority=5)
+    engine.step()
+    high = engine.add(never_stops(3, 2, skip=1), 2)
+    step = engine.step()  # in which the prompt of `low` would have come to its end
+    assert rows(step) == [("r1", 0, 3, True)] and step.preempted == [low] and step.admitted == [high]
+    engine.finish_all()
+
+
+def test_who_makes_way_does_not_come_back_in_the_same_step() -> None:
+    engine = SimulatedEngine(n_pages=10, page_size=2, budget=64, ahead=0)
+    prompt = never_stops(7, 4)
+    low = [engine.add(prompt, 4, priority=5), engine.add(never_stops(3, 4, skip=1), 4, priority=5)]
+    engine.step()
+    engine.pool.clear_cache()
+    high = engine.add([*prompt, 1, 1, 1, 1, 1, 1], 1)  # 7 pages: both have to go, though 3 are left over
+    step = engine.step()  # low[0] waits for the pages that `high` computes, and low[1] could pass it
+    assert step.admitted == step.requests == [high] and step.preempted == low[::-1]
+    engine.finish_all()
+
+
+def test_equals_do_not_make_way() -> None:
+    engine = SimulatedEngine(n_pages=20, max_num_seqs=2, budget=64)
+    prompt = never_stops(9, 6)
+    first, same, other = engine.add(prompt, 6), engine.add(prompt, 6), engine.add(never_stops(4, 6, skip=1), 6)
+    assert engine.step().admitted == [first, other], "`same` waits for pages of `first`, and is passed"
+    step = engine.step()
+    assert step.preempted == [] and same.state is RequestState.WAITING
+    engine.finish_all()
 
 
 def test_nobody_gives_way_in_vain() -> None:
@@ -273,6 +349,17 @@ def test_pages_that_others_share_are_no_gain() -> None:
     assert engine.pool.n_free == 4
     engine.add(never_stops(11, 1, skip=1), 1)  # wants 6
     assert engine.step().preempted == [] and low.state is RequestState.RUNNING
+    engine.finish_all()
+
+
+def test_pages_that_the_request_itself_will_share_are_no_gain() -> None:
+    engine = SimulatedEngine(n_pages=6, page_size=2, budget=64)
+    engine.add(never_stops(3, 1), 1)
+    prompt = never_stops(5, 1, skip=1)
+    low = engine.add(prompt, 1, priority=5)
+    engine.dispatch(engine.scheduler.schedule())
+    engine.add([*prompt[:4], 1, 1, 1, 1, 1], 1)  # 5 pages, of which `low` has 2; 1 is free
+    assert engine.scheduler.schedule() is None and low.state is RequestState.RUNNING
     engine.finish_all()
 
 
@@ -349,10 +436,11 @@ def test_priorities_are_within_int32() -> None:
     assert not engine.scheduler.has_requests
 
 
-@pytest.mark.parametrize("name", ["max_num_seqs", "max_num_batched_tokens", "pages_per_sequence", "aging_steps"])
-def test_numbers_are_checked(name: str) -> None:
-    numbers = {"max_num_seqs": 1, "max_num_batched_tokens": 1, "pages_per_sequence": 1, name: 0}
-    with pytest.raises(ValueError, match=f"Scheduler.{name} must be at least 1; got 0"):
+@pytest.mark.parametrize(("name", "least"), [("max_num_seqs", 1), ("max_num_batched_tokens", 1), ("headroom", 0),
+                                             ("pages_per_sequence", 1), ("aging_steps", 1)])
+def test_numbers_are_checked(name: str, least: int) -> None:
+    numbers = {"max_num_seqs": 1, "max_num_batched_tokens": 1, "pages_per_sequence": 1, name: least - 1}
+    with pytest.raises(ValueError, match=f"Scheduler.{name} must be at least {least}; got {least - 1}"):
         Scheduler(PagePool(1, 1), **numbers)
 
 

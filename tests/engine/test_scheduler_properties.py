@@ -25,10 +25,11 @@ STEMS = ([0] * 9, [0, 1, 2] * 4, [0, 1, 2, 0, 2])  # prompts begin alike
 class Operations(RuleBasedStateMachine):
     @initialize(n_pages=st.integers(5, 12), page_size=st.sampled_from([1, 2, 4]), seqs=st.integers(1, 5),
                 budget=st.integers(1, 20), caching=st.sampled_from([True, True, True, False]), ahead=st.integers(0, 2),
-                aging_steps=st.sampled_from([1, 5, 1000]))
+                aging_steps=st.sampled_from([1, 5, 1000]), headroom=st.sampled_from([0, 0, 1, 3, 16]))
     def start(self, n_pages: int, page_size: int, seqs: int, budget: int, caching: bool, ahead: int,
-              aging_steps: int) -> None:
-        self.engine = SimulatedEngine(n_pages, page_size, seqs, budget, None, caching, ahead, aging_steps)
+              aging_steps: int, headroom: int) -> None:
+        self.engine = SimulatedEngine(n_pages, page_size, seqs, budget, None, caching, ahead, aging_steps,
+                                      headroom)
 
     @rule(stem=st.sampled_from(STEMS), length=st.integers(0, 12), max_tokens=st.sampled_from([0, 1, 2, 5, 12]),
           tail=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=6),
