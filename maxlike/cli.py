@@ -17,7 +17,7 @@ import jax
 
 import maxlike
 from maxlike.engine.generate import Figures, check_prompt, generate
-from maxlike.engine.sampling import SamplingParams
+from maxlike.engine.sampling_params import SamplingParams
 from maxlike.kernels.paged_attention import IMPLEMENTATIONS, choose_implementation, implementation_named
 from maxlike.mesh import check_tensor_parallel_size
 from maxlike.models.build import compute_dtype, default_kv_params, mesh_for
@@ -115,7 +115,7 @@ def _mesh(config: TransformerConfig, tp: int | None) -> jax.sharding.Mesh:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    sampling = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed)
+    sampling = SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1; got {args.max_new_tokens}.")
     if args.chat and args.prompt_ids is not None:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from maxlike.engine.runner import ModelRunner
-from maxlike.engine.sampling import SamplingParams
+from maxlike.engine.sampling_params import SamplingParams
 from maxlike.nn.transformer.distributed_transformer import DistributedTransformer
 
 PREFILL_CHUNK = 512
@@ -49,8 +49,8 @@ def generate(model: DistributedTransformer, prompt: Sequence[int], max_new_token
     if max_seq_len is not None:
         max_new_tokens = min(max_new_tokens, max_seq_len - len(prompt))
     n_pages = model.kv_params.pages_for(len(prompt) + max_new_tokens)
-    runner = ModelRunner(model, n_pages, 1, n_pages)
-    return _generate(runner, np.asarray(prompt, np.int32), max_new_tokens, sampling or SamplingParams(), eos_token_ids,
+    runner, sampling = ModelRunner(model, n_pages, 1, n_pages), sampling or SamplingParams(temperature=0)
+    return _generate(runner, np.asarray(prompt, np.int32), max_new_tokens, sampling, eos_token_ids,
                      Figures() if figures is None else figures)
 
 

@@ -11,7 +11,8 @@ from flax import nnx
 from jax import P
 from jax.sharding import NamedSharding
 
-from maxlike.engine.sampling import SamplingParams, sample
+from maxlike.engine.sampling import Rows, empty_state, sample
+from maxlike.engine.sampling_params import SamplingParams
 from maxlike.nn.transformer.distributed_transformer import DistributedTransformer, ReturnLogits
 
 
@@ -64,9 +65,10 @@ class ModelRunner:
             draw: number of this draw; with the seed it decides the random numbers.
         """
         step = self.compile(tokens.shape[0])
+        seed = np.uint32((sampling.seed or 0) & 0xFFFFFFFF)
         next_tokens, self.pages = step(
             self.leaves, self.pages, tokens, row_offsets, cache_lengths, page_table, np.float32(sampling.temperature),
-            np.int32(sampling.top_k), np.float32(sampling.top_p), np.uint32(sampling.seed), np.int32(draw))
+            np.int32(sampling.top_k), np.float32(sampling.top_p), seed, np.int32(draw))
         return next_tokens
 
     def _step(self, leaves: list[jax.Array], pages: jax.Array, tokens: jax.Array, row_offsets: jax.Array,
@@ -76,5 +78,15 @@ class ModelRunner:
         (logits,), written = model(tokens, (pages, cache_lengths, page_table), None, row_offsets)
         assert written is not None
         with jax.sharding.use_abstract_mesh(model.mesh.abstract_mesh):
-            key = jax.random.fold_in(jax.random.key(seed), draw)
-            return sample(logits, temperature, top_k, top_p, key), written
+            S, V = logits.shape
+
+            def column(value: Any, dtype: Any = jnp.float32) -> jax.Array:
+                return jnp.full(S, value, dtype)
+
+            row, no = jnp.arange(S), column(False, bool)
+            rows = Rows(slots=row, temperature=column(temperature), top_k=column(top_k, jnp.int32),
+                        top_p=column(top_p), min_p=column(0), repetition=column(1), frequency=column(0),
+                        presence=column(0), seed=jnp.stack([row.astype(jnp.uint32), column(seed, jnp.uint32)], axis=1),
+                        draw=column(draw, jnp.int32), live=~no, edited=no, masked=no, logprobs=no)
+            sampled, _ = sample(logits, rows, empty_state(S, V), jnp.zeros((S, -(-V // 32)), jnp.uint32))
+            return sampled.tokens, written
