@@ -1,4 +1,4 @@
-"""Which token comes next, decided on the device: masks, penalties and edits, then the likeliest or a draw within limits.
+"""Which token comes next, decided on the device: masks, penalties, edits, then the likeliest or a draw within limits.
 
 Nothing here sorts the vocabulary. A limit keeps the largest of a row's values, and where they end is found by halving:
 32 times over, count what lies above the middle. That is exact, ties included, and a twentieth of a sort's time.
@@ -6,17 +6,20 @@ Nothing here sorts the vocabulary. A limit keeps the largest of a row's values, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from maxlike.engine.sampling_params import MAX_EDITS, MAX_LOGPROBS
 
 CHUNK = 512
 """Token ids that one `fill_slot` counts."""
+Array = Any
+"""`jax.Array` where it is traced, `numpy.ndarray` where the host fills it in."""
+_CPU_BLOCK = 4  # rows
 _LEAST = -(2**31)
 _REACHED = 1 - 2**-22  # of top_p: probabilities are float32, and nine tenths of one need not add up to its 0.9
 
@@ -57,20 +60,20 @@ class Rows(NamedTuple):
         logprobs: bool, whether they are reported.
     """
 
-    slots: jax.Array | np.ndarray
-    temperature: jax.Array | np.ndarray
-    top_k: jax.Array | np.ndarray
-    top_p: jax.Array | np.ndarray
-    min_p: jax.Array | np.ndarray
-    repetition: jax.Array | np.ndarray
-    frequency: jax.Array | np.ndarray
-    presence: jax.Array | np.ndarray
-    seed: jax.Array | np.ndarray
-    draw: jax.Array | np.ndarray
-    live: jax.Array | np.ndarray
-    edited: jax.Array | np.ndarray
-    masked: jax.Array | np.ndarray
-    logprobs: jax.Array | np.ndarray
+    slots: Array
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    repetition: Array
+    frequency: Array
+    presence: Array
+    seed: Array
+    draw: Array
+    live: Array
+    edited: Array
+    masked: Array
+    logprobs: Array
 
 
 class Sampled(NamedTuple):
@@ -135,22 +138,24 @@ def fill_slot(state: SlotState, slot: jax.Array, ids: jax.Array, n_prompt: jax.A
 
 def greedy(logits: jax.Array) -> jax.Array:
     """The first of each row's highest: `float32[R, V] -> int32[R]`; any token for a row with a NaN."""
-    # jnp.argmax, which on XLA:CPU goes pair by pair through values and indices, takes several times as long.
+    # jnp.argmax, which on XLA:CPU goes pair by pair through values and indices, takes several times as long; and so do
+    # reductions of integers. As float32 the ids are exact.
     last = logits.shape[-1] - 1
     highest = jnp.max(logits, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(logits == highest, jnp.arange(last + 1, dtype=jnp.int32), last), axis=-1)
+    first = jnp.min(jnp.where(logits == highest, jnp.arange(last + 1, dtype=jnp.float32), last), axis=-1)
+    return first.astype(jnp.int32)
 
 
 def score(logits: jax.Array, targets: jax.Array) -> Sampled:
     """How likely given tokens are: `float32[C, V]` and `int32[C]`, the tokens behind those of each row."""
-    below = _below_highest(logits)
-    log_total = jnp.log(jnp.sum(jnp.exp(below), axis=-1))
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    log_total = jnp.log(jnp.sum(jnp.exp(_below(logits, highest)), axis=-1, keepdims=True))
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)
     rank = 1 + jnp.sum(logits > chosen, axis=-1, dtype=jnp.int32)
+    # The highest must not be taken from the top: with a slice of it XLA:CPU sorts the vocabulary instead.
     top, top_ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
-    top_below = jnp.where(top == top[:, :1], 0, top - top[:, :1])
-    return Sampled(targets, jnp.take_along_axis(below, targets[:, None], axis=-1)[:, 0] - log_total, rank,
-                   top_ids.astype(jnp.int32), top_below - log_total[:, None])
+    return Sampled(targets, (_below(chosen, highest) - log_total)[:, 0], rank, top_ids.astype(jnp.int32),
+                   _below(top, highest) - log_total)
 
 
 def sample(logits: jax.Array, rows: Rows, state: SlotState, mask: jax.Array) -> tuple[Sampled, SlotState]:
@@ -169,6 +174,21 @@ def sample(logits: jax.Array, rows: Rows, state: SlotState, mask: jax.Array) -> 
         The tokens, and the state to go on with.
     """
     rows = Rows(*map(jnp.asarray, rows))
+    sampled = lax.platform_dependent(logits, rows, state, mask, cpu=_sample_in_blocks, default=_sample)
+    counted = jnp.where(rows.live, rows.slots, state.counts.shape[0])
+    return sampled, state._replace(counts=state.counts.at[counted, sampled.tokens].add(1, mode="drop"))
+
+
+def _sample_in_blocks(logits: jax.Array, rows: Rows, state: SlotState, mask: jax.Array) -> Sampled:
+    # XLA:CPU asks the system for memory anew at each run, and over all rows that takes longer than all that is done
+    # with it.
+    block = math.gcd(logits.shape[0], _CPU_BLOCK)
+    blocks = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), (logits, rows, mask))
+    sampled = lax.map(lambda block: _sample(block[0], block[1], state, block[2]), blocks)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), sampled)
+
+
+def _sample(logits: jax.Array, rows: Rows, state: SlotState, mask: jax.Array) -> Sampled:
     penalised = rows.live & ((rows.repetition != 1) | (rows.frequency != 0) | (rows.presence != 0))
     edited, masked = rows.live & rows.edited, rows.live & rows.masked
 
@@ -180,10 +200,8 @@ def sample(logits: jax.Array, rows: Rows, state: SlotState, mask: jax.Array) -> 
     # Twice the same, so that nothing is copied where nothing is adjusted.
     tokens = lax.cond((masked | penalised | edited).any(), lambda: _pick(adjusted(), rows), lambda: _pick(logits, rows))
     unasked = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(score, logits, tokens))
-    sampled = lax.cond((rows.live & rows.logprobs).any(), lambda: score(logits, tokens),
-                       lambda: unasked._replace(tokens=tokens))
-    counted = jnp.where(rows.live, rows.slots, state.counts.shape[0])
-    return sampled, state._replace(counts=state.counts.at[counted, tokens].add(1, mode="drop"))
+    return lax.cond((rows.live & rows.logprobs).any(), lambda: score(logits, tokens),
+                    lambda: unasked._replace(tokens=tokens))
 
 
 def _mask(x: jax.Array, mask: jax.Array, masked: jax.Array) -> jax.Array:
@@ -217,7 +235,7 @@ def _pick(x: jax.Array, rows: Rows) -> jax.Array:
 def _race(x: jax.Array, rows: Rows, draws: jax.Array) -> jax.Array:
     """Values `float32[R, V]` of which the highest is the draw; those of tokens beyond the limits are negative."""
     V = x.shape[1]
-    below = _below_highest(x)
+    below = _below(x, jnp.max(x, axis=-1, keepdims=True))
     weights = jnp.exp(jnp.where(below == 0, 0, below / rows.temperature[:, None]))
     weights = jnp.where(weights >= 0, weights, 0)  # NaN is drawn never
     k = jnp.where(draws & (rows.top_k > 0) & (rows.top_k < V), rows.top_k, V)
@@ -242,9 +260,8 @@ def _exponentials(seed: jax.Array, draw: jax.Array, n: int) -> jax.Array:
     return -jnp.log1p(-jnp.minimum(uniform, 1 - 2.0**-24))
 
 
-def _below_highest(x: jax.Array) -> jax.Array:
-    """Each row less its highest, which even where it is infinite becomes 0."""
-    highest = jnp.max(x, axis=-1, keepdims=True)
+def _below(x: jax.Array, highest: jax.Array) -> jax.Array:
+    """`x` less the highest, which even where it is infinite becomes 0."""
     return jnp.where(x == highest, 0, x - highest)
 
 
