@@ -174,9 +174,9 @@ def test_an_empty_place_in_the_vocabulary_is_no_text(make):
     inner.add_tokens(["<far>", "<further>"])
     tokenizer = Tokenizer(inner)
     assert tokenizer.token(empty) is None and tokenizer.token_bytes(empty) == b""
-    ids = tokenizer.encode("the ꙮ wall", add_special_tokens=False)
+    ids = tokenizer.encode("the ꙮ hello", add_special_tokens=False)
     with_gaps = [empty, *(id for pair in zip(ids, [empty] * len(ids), strict=True) for id in pair)]
-    assert joined(tokenizer.stream(), with_gaps) == tokenizer.decode(with_gaps) == "the ꙮ wall"
+    assert joined(tokenizer.stream(), with_gaps) == tokenizer.decode(with_gaps) == "the ꙮ hello"
 
 
 def test_bytes_of_tokens(kind):
