@@ -31,7 +31,7 @@ class Lengths:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.first) and math.isfinite(self.second)) or self.first < 1:
             raise ValueError(f"a length must be at least 1 token; got {self}.")
-        if self.kind in ("fixed", "uniform") and not (self.first.is_integer() and self.second.is_integer()):
+        if self.kind in ("fixed", "uniform") and (self.first % 1 or self.second % 1):
             raise ValueError(f"a length is a whole number of tokens; got {self}.")
         if self.kind == "uniform" and self.second < self.first:
             raise ValueError(f"uniform lengths go from LOW to HIGH; got {self}.")

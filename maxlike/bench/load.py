@@ -82,7 +82,8 @@ def parse_loads(rates: str | None, concurrencies: str | None, burstiness: float 
     try:
         if concurrencies is not None:
             return [Load(concurrency=int(item)) for item in concurrencies.split(",")]
-        return [Load(request_rate=float(item), burstiness=burstiness) for item in (rates or "inf").split(",")]
+        rates = "inf" if rates is None else rates
+        return [Load(request_rate=float(item), burstiness=burstiness) for item in rates.split(",")]
     except ValueError as error:
         given = f"--concurrency {concurrencies}" if concurrencies is not None else f"--request-rate {rates}"
         raise ValueError(f"{given}: numbers with commas between them are expected, as 1,2,4"

@@ -15,9 +15,9 @@ from maxlike.models.tokenizer import Tokenizer
 
 # Frequent and short: each is one token of most vocabularies, its space included.
 _ENGLISH = ("the and you that was for are with his they this have from one had word but not what all were when your "
-          "can said there use each which she how their will other about out many then them these some her would make like "
-          "him into time has look two more write see number way could people than first water been call who its now "
-          "find long down day did get come made may part")
+            "can said there use each which she how their will other about out many then them these some her would "
+            "make like him into time has look two more write see number way could people than first water been call "
+            "who its now find long down day did get come made may part")
 _PREFIX, _FILE = 1, 2  # streams of random numbers beside those of the prompts
 
 
@@ -87,8 +87,8 @@ class Workload:
         config: what prompts are like.
         form: `ids`: token ids; `text`. Prompts of a file are as they are.
         vocabulary: the ids that random prompts are made of, int[n]; needed for `ids`.
-        tokenizer: makes random text exactly as long as asked, and measures the texts of a file. Without one a random
-            text has as many frequent English words as it should have tokens.
+        tokenizer: makes random text as long as asked (what a chat template adds comes on top), and measures the texts
+            of a file. Without one a random text has as many frequent English words as it should have tokens.
 
     Raises:
         ValueError: the file is not understood or none of its prompts will do, or something needs a tokenizer.
@@ -104,6 +104,8 @@ class Workload:
         self._vocabulary = vocabulary
         self._tokenizer = tokenizer
         self._words = _ENGLISH.split()
+        # Tokens that come with every text, such as one for its beginning.
+        self._added = len(tokenizer.encode("")) if tokenizer is not None and form == "text" else 0
         rng = np.random.default_rng([config.seed, _PREFIX])
         self._prefixes = [self._draw(config.prefix_len, rng) for _ in range(config.num_prefixes)]
         self._file: list[Prompt] = []
@@ -141,7 +143,7 @@ class Workload:
         return (self.config.output_len or Lengths("fixed", DEFAULT_OUTPUT_LEN)).draw(n, rng)
 
     def _prompt(self, prefix: int, length: int, output: int, rng: np.random.Generator) -> Prompt:
-        head, tail = self._prefixes[prefix], self._draw(length, rng, bool(self.config.prefix_len))
+        head, tail = self._prefixes[prefix], self._draw(max(length - self._added, 1), rng, bool(self.config.prefix_len))
         if isinstance(head, str) and isinstance(tail, str):
             measured = self._tokenizer is not None
             return Prompt(head + tail, self.config.prefix_len + length if measured else None, output)
