@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -76,7 +75,9 @@ class OnlineConfig:
         if self.base_url is not None:
             server_root(self.base_url)
             if self.server_args:
-                raise ValueError("--server-args is for a server of our own; leave it out, or --base-url.")
+                raise ValueError(f"With --base-url there is no server of our own to take {' '.join(self.server_args)}.")
+        if self.server_args and not self.server_args[0].startswith("-"):
+            raise ValueError(f"Not understood: {' '.join(self.server_args)} (arguments of the server stand behind --).")
 
     def as_json(self) -> dict[str, Any]:
         """The configuration as the report shows it: all but the key, and the loads, which stand with their figures."""
@@ -106,8 +107,8 @@ def _add_online_flags(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--model", metavar="NAME", help="with --base-url, the name that the server knows (default: the "
                         "first that it lists); else a folder or hub id to serve (default: the embedded model)")
     server.add_argument("--api-key", metavar="KEY", help="sent as a bearer token")
-    server.add_argument("--server-args", metavar="ARGS", default="", help="for the server of our own: further "
-                        "arguments of `maxlike serve`, in one word, as \"--max-num-seqs 64\"")
+    server.add_argument("server_args", nargs="*", metavar="-- ARG", help="behind --, for the server of our own: "
+                        "further arguments of `maxlike serve`, as in -- --max-num-seqs 64")
     load = parser.add_argument_group("load")
     load.add_argument("--request-rate", metavar="R,R,...", help="requests a second, one load after the other; inf, the "
                       "default: all at once")
@@ -164,16 +165,16 @@ def _workload_config(args: argparse.Namespace) -> WorkloadConfig:
 def _online_config(args: argparse.Namespace) -> OnlineConfig:
     try:
         extra_body = json.loads(args.extra_body)
-        server_args = tuple(shlex.split(args.server_args))
     except ValueError as error:
-        raise ValueError(f"--extra-body takes a JSON object, and --server-args words: {error}.") from error
+        raise ValueError(f"--extra-body takes a JSON object: {error}.") from error
     if not isinstance(extra_body, dict):
         raise ValueError(f"--extra-body takes a JSON object, as '{{\"temperature\": 0.7}}'; got {args.extra_body}.")
     return OnlineConfig(
         loads=tuple(parse_loads(args.request_rate, args.concurrency, args.burstiness)), base_url=args.base_url,
         model=args.model, api_key=args.api_key, chat=args.chat, text=args.text, tokenizer=args.tokenizer,
         ignore_eos=not args.stop_at_eos, extra_body=extra_body, timeout=args.timeout, warm_up=args.warmup,
-        objectives=None if args.goodput is None else Objectives.parse(args.goodput), server_args=server_args)
+        objectives=None if args.goodput is None else Objectives.parse(args.goodput),
+        server_args=tuple(args.server_args))
 
 
 def _online(args: argparse.Namespace, embedded_model: str) -> None:

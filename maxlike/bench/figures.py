@@ -110,6 +110,8 @@ class LevelFigures:
         itl_ms: between two pieces, of all requests together.
         e2e_ms: to the end of the output.
         send_delay_ms: by which requests were sent late: the load generator's own.
+        client_cpu_share: of `duration_s`, in which the load generator computed. It has one thread: near 1, it is what
+            was measured.
     """
 
     load: Load
@@ -134,10 +136,12 @@ class LevelFigures:
     itl_ms: Distribution | None
     e2e_ms: Distribution | None
     send_delay_ms: Distribution | None
+    client_cpu_share: float
 
     @classmethod
-    def of(cls, load: Load, records: Sequence[RequestRecord], objectives: Objectives | None = None) -> LevelFigures:
-        """The figures of `records`, one at least."""
+    def of(cls, load: Load, records: Sequence[RequestRecord], objectives: Objectives | None = None,
+           client_cpu_s: float = 0.0) -> LevelFigures:
+        """The figures of `records`, one at least, for which the load generator computed `client_cpu_s` seconds."""
         good = [record for record in records if record.error is None]
         start, end = min(record.sent for record in records), max(record.finished for record in records)
         duration = end - start
@@ -145,7 +149,7 @@ class LevelFigures:
         prompt = sum(record.prompt_tokens for record in good)
         kept = None if objectives is None else sum(map(objectives.kept_by, good))
 
-        def rate(n: int) -> float:
+        def rate(n: float) -> float:
             return n / duration if duration > 0 else 0.0
 
         return cls(
@@ -172,6 +176,7 @@ class LevelFigures:
                                    for earlier, later in itertools.pairwise(record.chunks)),
             e2e_ms=Distribution.of(record.e2e for record in good),
             send_delay_ms=Distribution.of(record.sent - record.due for record in records),
+            client_cpu_share=rate(client_cpu_s),
         )
 
     def as_json(self) -> dict[str, Any]:

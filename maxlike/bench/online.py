@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -75,8 +76,9 @@ async def run_online(client: Client, workload: Workload, loads: Sequence[Load], 
         prompts = workload.prompts(stage)
         watch = None if on_load is None else on_load(load)
         seed = [workload.config.seed, _ARRIVALS, stage]
+        busy = time.thread_time()
         records = await run_load(client, prompts, load, seed=seed, on_end=watch)
-        figures.append(LevelFigures.of(load, records, objectives))
+        figures.append(LevelFigures.of(load, records, objectives, time.thread_time() - busy))
         if on_figures is not None:
             on_figures(figures[-1])
     return figures

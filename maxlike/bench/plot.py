@@ -35,7 +35,7 @@ def plot(levels: Sequence[LevelFigures], file: Path, title: str) -> None:
 
     shown = [figures for figures in levels if figures.ttft_ms is not None]
     figure = Figure(figsize=(10, 7), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     axes = figure.subplots(2, 2, sharey="row")
     for row, (name, field) in zip(axes, (("time to first token", "ttft_ms"), ("time a token", "tpot_ms")), strict=True):
         row[0].set_ylabel(f"{name}, ms")

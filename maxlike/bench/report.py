@@ -15,6 +15,8 @@ from maxlike.bench.figures import Distribution, LevelFigures
 
 SCHEMA_VERSION = 1
 """Of the JSON report; raised when a field changes its meaning or goes."""
+BUSY = 0.8
+"""A share of the time in which the load generator computes, above which it is taken to hold up what it measures."""
 _COLUMNS = ("mean", "median", "p90", "p95", "p99", "max")
 
 
@@ -75,6 +77,9 @@ def caveats(figures: LevelFigures) -> list[str]:
                                                                                 if figures.ttft_ms else 0.0):
         found.append(f"  Requests were sent late, 1 in 100 by more than {late.p99:.0f} ms: this process cannot send at "
                      "the rate asked for, and sees answers late too.")
+    if figures.client_cpu_share > BUSY:
+        found.append(f"  This process computed {figures.client_cpu_share:.0%} of the time: the figures are its own in "
+                     "part, not the server's.")
     return found
 
 

@@ -134,7 +134,7 @@ def test_form_of_the_json() -> None:
             "tokens_per_piece": "float", "requests_per_s": "float", "prompt_tokens_per_s": "float",
             "output_tokens_per_s": "float", "goodput_requests_per_s": "float", "good_share": "float",
             "ttft_ms": LATENCIES, "tpot_ms": LATENCIES, "itl_ms": LATENCIES, "e2e_ms": LATENCIES,
-            "send_delay_ms": LATENCIES,
+            "send_delay_ms": LATENCIES, "client_cpu_share": "float",
         }],
     }
     assert LevelFigures.of(Load(4.0), [record(1, 1, 1)]).as_json()["request_rate"] == 4.0
@@ -163,6 +163,9 @@ def test_what_a_reader_must_know_is_said() -> None:
     for one in late[:5]:
         one.due -= 0.5
     assert "cannot send at the rate asked for" in level_text(LevelFigures.of(Load(2.0), late))
+    busy = LevelFigures.of(Load(2.0), [record(0.2, 0.4, 3)], client_cpu_s=0.9)
+    assert busy.client_cpu_share == pytest.approx(0.9)
+    assert "computed 90% of the time" in level_text(busy)
     uncounted = [record(0.2, 0.1, 3)]
     uncounted[0].has_usage = False
     assert "gave no usage for 1 requests" in level_text(LevelFigures.of(Load(2.0), uncounted))
