@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
@@ -16,12 +15,13 @@ import flax
 import jax
 
 import maxlike
-from maxlike.engine.generate import Figures, check_prompt, generate
-from maxlike.engine.sampling import SamplingParams
+from maxlike.engine.config import EngineConfig
+from maxlike.engine.engine import check_prompt
+from maxlike.engine.loading import has_tokenizer, load_engine
+from maxlike.engine.sampling_params import SamplingParams
 from maxlike.kernels.paged_attention import IMPLEMENTATIONS, choose_implementation, implementation_named
 from maxlike.mesh import check_tensor_parallel_size
 from maxlike.models.build import compute_dtype, default_kv_params, mesh_for
-from maxlike.models.checkpoint import load_model
 from maxlike.models.config import TransformerConfig
 from maxlike.models.hub import resolve
 from maxlike.models.registry import FAMILIES, parse_config
@@ -73,6 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest; 0: all")
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest that "
                           "together reach probability P")
+    generate.add_argument("--min-p", type=float, default=0.0, metavar="P", help="draw among those at least P times as "
+                          "likely as the likeliest")
+    generate.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: rather not what "
+                          "stands in the text already")
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be "
+                          "given several times")
     generate.add_argument("--seed", type=int, default=0, help="of the draws")
     generate.add_argument("--kv-cache-dtype", choices=["float32", "bfloat16", "int8", "float8_e4m3fn"],
                           help="default: --dtype's, float32 on CPU. int8 needs scales in the checkpoint, "
@@ -115,51 +121,53 @@ def _mesh(config: TransformerConfig, tp: int | None) -> jax.sharding.Mesh:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    sampling = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed)
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1; got {args.max_new_tokens}.")
+    sampling = SamplingParams(
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed,
+        repetition_penalty=args.repetition_penalty, stop=args.stop, max_tokens=args.max_new_tokens)
     if args.chat and args.prompt_ids is not None:
         raise ValueError("--chat needs text to put into the template; --prompt-ids gives token ids.")
     folder = resolve(args.model)
     config, _ = parse_config(folder)
     mesh = _mesh(config, args.tp)
     # A checkpoint without a tokenizer is still good for ids.
-    with contextlib.suppress(ValueError) if args.prompt_ids is not None else contextlib.nullcontext():
-        tokenizer: Tokenizer | None = None
-        tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = None if args.prompt_ids is not None and not has_tokenizer(folder) else Tokenizer.from_folder(folder)
     prompt = _prompt_ids(args, tokenizer)
     check_prompt(prompt, config.vocab_size, config.max_position_embeddings)  # before the weights, which take a while
 
     start = time.perf_counter()
-    model = load_model(config, folder, devices=mesh, dtype=args.dtype, kv_cache_dtype=args.kv_cache_dtype,
-                       implementation=args.attention and implementation_named(args.attention))
-    jax.block_until_ready(jax.tree.leaves(model))
+    longest = min(len(prompt) + args.max_new_tokens, config.max_position_embeddings)
+    engine = load_engine(folder, EngineConfig(max_num_seqs=1, max_model_len=longest), devices=mesh, dtype=args.dtype,
+                         kv_cache_dtype=args.kv_cache_dtype,
+                         implementation=args.attention and implementation_named(args.attention))
     load_s = time.perf_counter() - start
-    figures = Figures()
-    stream = None if tokenizer is None else tokenizer.stream()
-    # Many models have more logits than tokens; an id without a token has no text.
-    n_texts = model.vocab_size if tokenizer is None else tokenizer.vocab_size
-    token_ids: list[int] = []
+    start = time.perf_counter()
+    engine.compile_for(len(prompt), sampling)
+    compile_s = time.perf_counter() - start
+    (request,) = engine.add("generate", prompt, sampling)
     text = ""
-    for token in generate(model, prompt, args.max_new_tokens, sampling=sampling, eos_token_ids=config.eos_token_ids,
-                          max_seq_len=config.max_position_embeddings, figures=figures):
-        token_ids.append(token)
-        piece = f"{token} " if stream is None else stream.push(token) if token < n_texts else ""
-        text += piece
+    while engine.has_work():
+        engine.step()
+        piece = request.take_delta()
+        new = piece.text if tokenizer is not None else "".join(f"{token} " for token in piece.token_ids)
+        text += new
         if not args.json:
-            print(piece, end="", flush=True)
-    rest = "" if stream is None else stream.flush()
-    text += rest
+            print(new, end="", flush=True)
+    token_ids, metrics = request.output_token_ids, request.metrics
+    assert metrics.first_scheduled and metrics.first_token and metrics.finished
+    prefill_s, decode_s = metrics.first_token - metrics.first_scheduled, metrics.finished - metrics.first_token
+    prefill_tok_s, decode_tok_s = len(prompt) / prefill_s, (len(token_ids) - 1) / decode_s if len(token_ids) > 1 else 0
     if args.json:
         print(json.dumps({
-            "prompt_token_ids": prompt, "token_ids": token_ids, "text": None if stream is None else text,
-            "load_s": round(load_s, 3), "compile_s": round(figures.compile_s, 3),
-            "prefill_tok_s": round(figures.prefill_tok_s, 2), "decode_tok_s": round(figures.decode_tok_s, 2)}))
+            "prompt_token_ids": prompt, "token_ids": token_ids, "text": None if tokenizer is None else text,
+            "load_s": round(load_s, 3), "compile_s": round(compile_s, 3),
+            "prefill_tok_s": round(prefill_tok_s, 2), "decode_tok_s": round(decode_tok_s, 2)}))
         return
-    print(rest, flush=True)
+    print(flush=True)
     full = len(prompt) + len(token_ids) == config.max_position_embeddings
-    print(f"load {load_s:.2f} s, compile {figures.compile_s:.2f} s, prefill {figures.prefill_tok_s:.1f} tok/s, "
-          f"decode {figures.decode_tok_s:.1f} tok/s ({len(prompt)} + {len(token_ids)} tokens, {_describe(mesh)}"
+    print(f"load {load_s:.2f} s, compile {compile_s:.2f} s, prefill {prefill_tok_s:.1f} tok/s, "
+          f"decode {decode_tok_s:.1f} tok/s ({len(prompt)} + {len(token_ids)} tokens, {_describe(mesh)}"
           f"{', stopped at the longest sequence that the model takes' if full else ''})", file=sys.stderr)
 
 

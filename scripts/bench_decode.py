@@ -60,14 +60,14 @@ class Maxlike:
         import jax
 
         from maxlike.engine.runner import ModelRunner
-        from maxlike.engine.sampling import SamplingParams
+        from maxlike.engine.sampling_params import SamplingParams
         from maxlike.models.build import build_model
         from maxlike.models.registry import family_of
 
         if task["tp"] > len(jax.devices()):
             raise ValueError(f"--tp {task['tp']} was asked for; there are {len(jax.devices())} devices "
                              f"({jax.default_backend()}).")
-        self.task, self.greedy = task, SamplingParams()
+        self.task, self.greedy = task, SamplingParams(temperature=0)
         config = family_of(task["config"]).parse(task["config"])
         model = build_model(config, devices=jax.devices()[:task["tp"]], dtype=task["dtype"],
                             use_subgraphs=task["use_subgraphs"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import enum
 from typing import Any
 
-from maxlike.engine.output import RequestMetrics
+import numpy as np
+
+from maxlike.engine.output import Delta, FinishReason, Logprob, RequestMetrics
 from maxlike.engine.sampling_params import SamplingParams
 
 
@@ -53,17 +55,42 @@ class Request:
         self.slot = -1
         self.pages: list[int] = []
         self.page_hashes: list[bytes] = []
+        """Of the full pages of `token_ids`."""
         self.n_registered = 0
-        self.arrival_key: tuple[int, ...] = ()
+        """First pages that need no more registering."""
+        self.cache_epoch = 0
+        """The pool's, when the pages were taken."""
+        self.arrival_key: tuple[int, int] = (0, 0)
+        """Where it stands among all requests; smaller goes first."""
         self.n_preemptions = 0
 
         # The engine's.
+        self.seed = 0
+        """Of this continuation."""
+        self.plain = True
+        """Whether nothing but a token and its length can end it."""
+        self.ending: frozenset[int] = frozenset()
+        """Tokens that end it."""
         self.wants_embedding = False
+        self.embedding: np.ndarray | None = None
         self.detokenizer: Any = None
         self.grammar: Any = None
-        self.output: Any = None
-        self.prompt_logprobs: Any = None
+        self.pieces: list[str] = []
+        """Text that no delta has had yet."""
+        self.logprobs: list[dict[int, Logprob]] | None = None
+        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        self.n_scored = 0
+        """Tokens of the prompt whose successors' logprobs are there or being computed."""
+        self.n_given = 0
+        """Tokens of the output that deltas have had."""
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
         self.client: Any = None
+
+    @property
+    def generates(self) -> bool:
+        """Whether tokens are to be drawn; else the prompt is only read. The engine says in `wants_embedding` before."""
+        return self.params.max_tokens != 0 and not self.wants_embedding
 
     @property
     def n_output(self) -> int:
@@ -74,3 +101,14 @@ class Request:
     def output_token_ids(self) -> list[int]:
         """The output, as far as the host knows it."""
         return self.token_ids[self.n_prompt:]
+
+    def take_delta(self) -> Delta:
+        """What is new since the last asking."""
+        token_ids = self.token_ids[self.n_prompt + self.n_given:]
+        delta = Delta(self.index, "".join(self.pieces), token_ids,
+                      None if self.logprobs is None else self.logprobs[self.n_given:],
+                      self.finish_reason, self.stop_reason,
+                      None if self.n_given else self.prompt_logprobs, self.metrics.cached_tokens)
+        self.pieces.clear()
+        self.n_given += len(token_ids)
+        return delta

@@ -1,7 +1,14 @@
-"""Compiled steps of a model: everything that is decided by shapes is decided once, ahead of time."""
+"""The compiled programs of a model, and what they share on the devices: weights, cache, the tokens drawn last.
+
+A step is two programs. The *forward* one, compiled for numbers of tokens, ends at the final norm; the *tail*, compiled
+for numbers of rows, has the head and the drawing. So what a request asks of drawing never multiplies the dear
+programs, and the tail may wait for a grammar's mask while the forward pass already runs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,9 +17,27 @@ import numpy as np
 from flax import nnx
 from jax import P
 from jax.sharding import NamedSharding
+from tqdm import tqdm
 
-from maxlike.engine.sampling import SamplingParams, sample
-from maxlike.nn.transformer.distributed_transformer import DistributedTransformer, ReturnLogits
+from maxlike.engine.batch import ROW_FIELDS, ForwardLayout, bucket_for, unpack_rows
+from maxlike.engine.config import EngineConfig
+from maxlike.engine.sampling import (
+    CHUNK,
+    Sampled,
+    SlotState,
+    clear_slot,
+    empty_state,
+    fill_slot,
+    greedy,
+    sample,
+    score,
+)
+from maxlike.engine.sampling_params import MAX_EDITS
+from maxlike.nn.kv_cache import mesh_platform
+from maxlike.nn.transformer.distributed_transformer import DistributedTransformer
+
+SCORED_ROWS = 64
+"""Rows of a prompt whose log-probabilities are worked out at a time."""
 
 
 class ModelRunner:
@@ -22,59 +47,220 @@ class ModelRunner:
     what traversing the module does.
 
     Args:
-        model: built with `ReturnLogits.LAST_TOKEN`.
-        n_pages: pages a layer in the cache.
-        n_sequences: S of every step.
-        pages_per_sequence: M of every page table.
+        model: any; the head is applied to the rows that need it, whatever its `return_logits`.
+        config: as `EngineConfig.for_model` gives it.
 
-    Raises:
-        ValueError: the model returns more logits than a step wants.
+    `allocate` makes the cache, after `temporary_bytes` has told what the programs need beside it. `n_compiled` counts
+    programs.
     """
 
-    def __init__(self, model: DistributedTransformer, n_pages: int, n_sequences: int, pages_per_sequence: int):
-        if model.return_logits != ReturnLogits.LAST_TOKEN:
-            raise ValueError(f"Generation needs a model with ReturnLogits.LAST_TOKEN; got {model.return_logits!r}.")
-        self.graphdef, state = nnx.split(model)
-        self.leaves, self.treedef = jax.tree.flatten(state)
-        self.replicated = NamedSharding(model.mesh, P())
-        self.pages = model.kv_params.allocate(n_pages, model.mesh)
-        self.n_sequences, self.pages_per_sequence = n_sequences, pages_per_sequence
-        self.compiled: dict[int, jax.stages.Compiled] = {}
+    def __init__(self, model: DistributedTransformer, config: EngineConfig):
+        assert config.max_num_seqs is not None and config.max_model_len is not None
+        self.mesh, self.kv_params, self.vocab_size = model.mesh, model.kv_params, model.vocab_size
+        self.platform = mesh_platform(model.mesh)
+        self.token_buckets = config.token_buckets(self.platform)
+        self.row_buckets = config.row_buckets(self.platform)
+        self.n_slots = config.max_num_seqs
+        self.pages_per_sequence = self.kv_params.pages_for(config.max_model_len)
+        self.mask_words = -(-self.vocab_size // 32)
+        self.n_pages, self.n_compiled = 0, 0
+        self._programs: dict[tuple[str, int], jax.stages.Compiled] = {}
+        self._replicated = NamedSharding(model.mesh, P())
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            self._row = jax.eval_shape(model.embedding, jax.ShapeDtypeStruct((1,), jnp.int32))
+        self._state_shapes = jax.eval_shape(partial(empty_state, self.n_slots, self.vocab_size))
+        self.set_weights(model)
 
-    def compile(self, n_tokens: int) -> jax.stages.Compiled:
-        """The step over `n_tokens` new tokens, compiled at the first asking."""
-        if n_tokens not in self.compiled:
-            def small(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-                return jax.ShapeDtypeStruct(shape, dtype, sharding=self.replicated)
+    # -- weights and memory
 
-            s, f32 = self.n_sequences, jnp.float32
-            self.compiled[n_tokens] = jax.jit(self._step, donate_argnums=1).lower(
-                self.leaves, self.pages, small(n_tokens), small(s + 1), small(s), small(s, self.pages_per_sequence),
-                small(dtype=f32), small(), small(dtype=f32), small(dtype=jnp.uint32), small()).compile()
-        return self.compiled[n_tokens]
+    def set_weights(self, model: DistributedTransformer) -> None:
+        """Goes on with the parameters of `model`, which is of the same structure."""
+        self._graphdef, state = nnx.split(model)
+        self._leaves, self._treedef = jax.tree.flatten(state)
+        # The head alone, so that the tail is not handed every layer. A tied weight is the same array.
+        self._head_graphdef, head = nnx.split(model.output)
+        self._head_leaves, self._head_treedef = jax.tree.flatten(head)
 
-    def step(self, tokens: jax.Array | np.ndarray, row_offsets: np.ndarray, cache_lengths: np.ndarray,
-             page_table: np.ndarray, sampling: SamplingParams, draw: int) -> jax.Array:
-        """One step: the next token of each sequence, `int32[S]`, still on the device.
+    def temporary_bytes(self) -> int:
+        """Bytes on each device that the largest programs need beside weights and cache: compiled, they tell."""
+        largest = self._lower("forward", self.token_buckets[-1], n_pages=1), self._lower("full", self.row_buckets[-1])
+        self.n_compiled += len(largest)
+        state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._state_shapes))
+        return state + max(_temporaries(lowered.compile()) for lowered in largest)
+
+    def allocate(self, n_pages: int) -> None:
+        """Makes the cache, of `n_pages` pages a layer, and the state of the slots."""
+        self.n_pages = n_pages
+        self._pages = self.kv_params.allocate(n_pages, self.mesh)
+        self._last_tokens = jax.device_put(np.zeros(self.n_slots, np.int32), self._replicated)
+        make = jax.jit(partial(empty_state, self.n_slots, self.vocab_size), out_shardings=self._replicated)
+        self._state: SlotState = make()
+        self._all_allowed: dict[int, jax.Array] = {}
+
+    # -- programs
+
+    def warm_up(self, progress: bool | None = None) -> None:
+        """Compiles all programs there are, with a progress bar (`None`: on a terminal)."""
+        wanted = [(kind, n) for n in self.token_buckets for kind in ("forward", "score")]
+        wanted += [(kind, n) for n in self.row_buckets for kind in ("greedy", "full")]
+        wanted += [("clear", 0), ("fill", 0)]
+        for kind, n in tqdm(wanted, "compiling", disable=None if progress is None else not progress, leave=False):
+            self.compile(kind, n)
+        for n in self.row_buckets:
+            self._mask(n, None)
+
+    def layout(self, n_tokens: int) -> ForwardLayout:
+        """Of the forward program for `n_tokens`."""
+        return ForwardLayout(n_tokens, min(n_tokens, self.n_slots), self.pages_per_sequence)
+
+    def compile(self, kind: str, n: int) -> jax.stages.Compiled:
+        """The program of a kind, compiled at the first asking.
+
+        `forward` and `score` are for n tokens, `greedy` and `full` for n rows; of `clear` and `fill` there is one, 0.
+        """
+        if (kind, n) not in self._programs:
+            self._programs[kind, n] = self._lower(kind, n).compile()
+            self.n_compiled += 1
+        return self._programs[kind, n]
+
+    def _lower(self, kind: str, n: int, n_pages: int | None = None) -> jax.stages.Lowered:
+        def given(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=self._replicated)
+
+        def rows(n: int) -> jax.ShapeDtypeStruct:
+            return given(n, self._row.shape[-1], dtype=self._row.dtype)
+
+        state = jax.tree.map(lambda x: given(*x.shape, dtype=x.dtype), self._state_shapes)
+        last, last_tokens, scalar = rows(self.n_slots), given(self.n_slots), given()
+        if kind == "forward":
+            pages = jax.ShapeDtypeStruct(self.kv_params.shape(n_pages or self.n_pages, self.platform),
+                                         self.kv_params.dtype, sharding=self.kv_params.sharding(self.mesh))
+            layout = self.layout(n)
+            return self._jit(partial(self._forward, layout), donate=1).lower(
+                self._leaves, pages, last_tokens, given(layout.size))
+        if kind == "greedy":
+            return self._jit(self._greedy).lower(self._head_leaves, last, last_tokens, given(2, n))
+        if kind == "full":
+            return self._jit(self._full, donate=3).lower(
+                self._head_leaves, last, last_tokens, state, given(2, n), given(n, 1 + len(ROW_FIELDS)),
+                given(n, self.mask_words, dtype=jnp.uint32))
+        if kind == "score":
+            return self._jit(self._score).lower(self._head_leaves, rows(n), given(2, SCORED_ROWS))
+        if kind == "clear":
+            return self._jit(clear_slot, donate=0).lower(
+                state, scalar, given(MAX_EDITS), given(MAX_EDITS, dtype=jnp.float32), given(MAX_EDITS))
+        assert kind == "fill", kind
+        return self._jit(fill_slot, donate=0).lower(state, scalar, given(CHUNK), scalar, scalar)
+
+    def _jit(self, function: Callable[..., Any], donate: int | tuple[int, ...] = ()) -> Any:
+        def within_mesh(*args: Any) -> Any:
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                return function(*args)
+
+        return jax.jit(within_mesh, donate_argnums=donate)
+
+    # -- what the programs compute
+
+    def _forward(self, layout: ForwardLayout, leaves: list[jax.Array], pages: jax.Array, last_tokens: jax.Array,
+                 packed: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        model = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
+        tokens, offsets, lengths, table = layout.parts(packed)
+        tokens = jnp.where(tokens < 0, last_tokens.at[-1 - tokens].get(mode="clip"), tokens)
+        hidden, written = model.hidden_states(tokens, (pages, lengths, table), offsets)
+        last = hidden.at[offsets[1:] - 1].get(mode="clip")
+        return jnp.pad(last, ((0, self.n_slots - layout.n_sequences), (0, 0))), hidden, written
+
+    def _logits(self, head_leaves: list[jax.Array], x: jax.Array) -> jax.Array:
+        head = nnx.merge(self._head_graphdef, jax.tree.unflatten(self._head_treedef, head_leaves))
+        return head(x).astype(jnp.float32)
+
+    def _greedy(self, head_leaves: list[jax.Array], last: jax.Array, last_tokens: jax.Array,
+                where: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rows, slots = where
+        tokens = greedy(self._logits(head_leaves, last.at[rows].get(mode="clip")))
+        return tokens, last_tokens.at[slots].set(tokens, mode="drop")
+
+    def _full(self, head_leaves: list[jax.Array], last: jax.Array, last_tokens: jax.Array, state: SlotState,
+              where: jax.Array, drawing: jax.Array, mask: jax.Array) -> tuple[Sampled, jax.Array, SlotState]:
+        at, slots = where
+        logits = self._logits(head_leaves, last.at[at].get(mode="clip"))
+        sampled, state = sample(logits, unpack_rows(drawing, slots, self.n_slots), state, mask)
+        return sampled, last_tokens.at[slots].set(sampled.tokens, mode="drop"), state
+
+    def _score(self, head_leaves: list[jax.Array], hidden: jax.Array, where: jax.Array) -> Sampled:
+        rows, targets = where
+        return score(self._logits(head_leaves, hidden.at[rows].get(mode="clip")), targets)
+
+    # -- steps
+
+    def forward(self, layout: ForwardLayout, packed: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        """The layers over a step's tokens: `(last [slots, D], hidden [T, D])`, still being computed.
+
+        `last` has each sequence's last row, in the order of the step.
+        """
+        program = self.compile("forward", layout.n_tokens)
+        last, hidden, self._pages = program(self._leaves, self._pages, self._last_tokens, packed)
+        return last, hidden
+
+    def draw_greedily(self, last: jax.Array, where: np.ndarray) -> jax.Array:
+        """The likeliest token of the rows in `where` (see `pack_rows`): `int32[R]`, still being computed."""
+        program = self.compile("greedy", where.shape[1])
+        tokens, self._last_tokens = program(self._head_leaves, last, self._last_tokens, where)
+        return tokens
+
+    def draw(self, last: jax.Array, where: np.ndarray, drawing: np.ndarray, mask: np.ndarray | None) -> Sampled:
+        """A token of each row, as its request asks (see `pack_drawing`), with its log-probability.
 
         Args:
-            tokens: `int32[T]`; a step's output may be the next one's input as it is.
-            row_offsets, cache_lengths, page_table: as the model takes them.
-            sampling: for all sequences.
-            draw: number of this draw; with the seed it decides the random numbers.
+            mask: `uint32[R, V / 32]`, bit `t % 32` of word `t // 32` is token t's; `None`: all are allowed.
         """
-        step = self.compile(tokens.shape[0])
-        next_tokens, self.pages = step(
-            self.leaves, self.pages, tokens, row_offsets, cache_lengths, page_table, np.float32(sampling.temperature),
-            np.int32(sampling.top_k), np.float32(sampling.top_p), np.uint32(sampling.seed), np.int32(draw))
-        return next_tokens
+        program = self.compile("full", where.shape[1])
+        sampled, self._last_tokens, self._state = program(
+            self._head_leaves, last, self._last_tokens, self._state, where, drawing, self._mask(where.shape[1], mask))
+        return sampled
 
-    def _step(self, leaves: list[jax.Array], pages: jax.Array, tokens: jax.Array, row_offsets: jax.Array,
-              cache_lengths: jax.Array, page_table: jax.Array, temperature: jax.Array, top_k: jax.Array,
-              top_p: jax.Array, seed: jax.Array, draw: jax.Array) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
-        (logits,), written = model(tokens, (pages, cache_lengths, page_table), None, row_offsets)
-        assert written is not None
-        with jax.sharding.use_abstract_mesh(model.mesh.abstract_mesh):
-            key = jax.random.fold_in(jax.random.key(seed), draw)
-            return sample(logits, temperature, top_k, top_p, key), written
+    def score(self, hidden: jax.Array, rows: np.ndarray, targets: np.ndarray) -> Sampled:
+        """Log-probability and rank of up to `SCORED_ROWS` tokens `targets`, each behind its row of `hidden`."""
+        where = np.zeros((2, SCORED_ROWS), np.int32)
+        where[:, :len(rows)] = rows, targets
+        return self.compile("score", hidden.shape[0])(self._head_leaves, hidden, where)
+
+    def enter_slot(self, slot: int, prompt: list[int], output: list[int],
+                   edits: list[tuple[int, float, int]]) -> None:
+        """Tells the device of a request whose penalties or edits concern it.
+
+        Args:
+            edits: token id, what its logit gets, and before which draw.
+        """
+        ids = np.full(MAX_EDITS, self.vocab_size, np.int32)
+        values, until = np.zeros(MAX_EDITS, np.float32), np.zeros(MAX_EDITS, np.int32)
+        for i, (token, value, before) in enumerate(edits):
+            ids[i], values[i], until[i] = token, value, before
+        self._state = self.compile("clear", 0)(self._state, np.int32(slot), ids, values, until)
+        known = np.array([*prompt, *output], np.int32)
+        for start in range(0, len(known), CHUNK):
+            chunk = known[start:start + CHUNK]
+            n_prompt = np.int32(np.clip(len(prompt) - start, 0, len(chunk)))
+            self._state = self.compile("fill", 0)(
+                self._state, np.int32(slot), np.pad(chunk, (0, CHUNK - len(chunk))), n_prompt, np.int32(len(chunk)))
+
+    def _mask(self, n_rows: int, mask: np.ndarray | None) -> jax.Array | np.ndarray:
+        if mask is not None:
+            return mask
+        if n_rows not in self._all_allowed:
+            ones = np.full((n_rows, self.mask_words), 2**32 - 1, np.uint32)
+            self._all_allowed[n_rows] = jax.device_put(ones, self._replicated)
+        return self._all_allowed[n_rows]
+
+    def token_bucket(self, n: int) -> int:
+        """The number of tokens of the program that takes `n`."""
+        return bucket_for(n, self.token_buckets)
+
+    def row_bucket(self, n: int) -> int:
+        """The number of rows of the tail that takes `n`."""
+        return bucket_for(n, self.row_buckets)
+
+
+def _temporaries(compiled: jax.stages.Compiled) -> int:
+    memory: Any = compiled.memory_analysis()
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

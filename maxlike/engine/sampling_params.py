@@ -160,9 +160,15 @@ class SamplingParams:
                              f"got {type(self.structured_output).__name__}.")
 
     @property
-    def is_greedy(self) -> bool:
-        """Whether the likeliest token is taken."""
-        return self.temperature == 0
+    def is_penalised(self) -> bool:
+        """Whether tokens are treated by how often they stand in prompt and output."""
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
+
+    @property
+    def is_plainly_greedy(self) -> bool:
+        """Whether the model's likeliest token is always taken, and no more is asked."""
+        return (self.temperature == 0 and self.logprobs is None and self.structured_output is None
+                and not (self.is_penalised or self.logit_bias or self.min_tokens))
 
 
 def _number(name: str, value: Any) -> bool:

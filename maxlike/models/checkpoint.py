@@ -68,15 +68,18 @@ def load(model: str | os.PathLike[str], *, devices: Devices | None = None, dtype
 def load_model(config: TransformerConfig, folder: Path, *, devices: Devices | None = None,
                dtype: DTypeLike | None = None, kv_cache_dtype: DTypeLike | None = None,
                kv_scales: KVScales | None = None, implementation: Implementation | None = None,
-               **options: Any) -> DistributedTransformer:
-    """As `load`, for a folder whose config is parsed already; `options` are those of `build_model` but `kv_params`."""
+               page_size: int | None = None, **options: Any) -> DistributedTransformer:
+    """As `load`, for a folder whose config is parsed already; `options` are those of `build_model` but `kv_params`.
+
+    `page_size` is the cache's, in tokens.
+    """
     mesh, family = mesh_for(config, devices), family_of({"model_type": config.model_type})
     kv_params = default_kv_params(config, mesh, compute_dtype(config, dtype), options.get("rules", ShardingRules()))
     if kv_cache_dtype is not None:
         kv_params = replace(kv_params, **_cache_options(config, family, folder, kv_cache_dtype, kv_scales))
     elif kv_scales is not None:
         raise ValueError("kv_scales belong to a quantised cache: give kv_cache_dtype as well, int8 or float8_e4m3fn.")
-    kv_params = replace(kv_params, implementation=implementation)
+    kv_params = replace(kv_params, implementation=implementation, page_size=page_size or kv_params.page_size)
     model = nnx.eval_shape(partial(build_model, config, devices=mesh, dtype=dtype, kv_params=kv_params, **options))
     read_weights(model, family, folder)
     return model

@@ -19,6 +19,8 @@ import jinja2.sandbox
 import jinja2.utils
 import tokenizers
 
+from maxlike.models.text_stream import TextStream, TokenTexts
+
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 # What a template, which is a program from outside, can fail with besides Jinja's own errors.
@@ -59,6 +61,7 @@ class Tokenizer:
         self._source = source
         self.chat_templates = dict(chat_templates or {})
         self._compiled: dict[str, jinja2.Template] = {}
+        self._texts: dict[bool, TokenTexts] = {}
 
         added = tokenizer.get_added_tokens_decoder()
         special = {token.content for token in added.values() if token.special}
@@ -125,14 +128,47 @@ class Tokenizer:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises `ValueError` for unknown ids."""
         ids = [int(id) for id in ids]
         for id in ids:
-            if not 0 <= id < self.vocab_size:
-                known = f"it has 0 to {self.vocab_size - 1}"
-                raise ValueError(f"token id {id} is not in the vocabulary of {self._source}: {known}")
+            self._check(id)
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def stream(self, *, skip_special_tokens: bool = True) -> "TextStream":
-        """A `TextStream`, which turns ids to text as they come."""
-        return TextStream(self, skip_special_tokens)
+    def token(self, id: int) -> str | None:
+        """How the vocabulary spells a token; None for an id that it leaves out.
+
+        Raises `ValueError` for an id beyond it.
+        """
+        self._check(id)
+        return self._tokenizer.id_to_token(int(id))
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes that a token stands for inside a text, often part of a character; a special token's own name.
+
+        Raises `ValueError` for an unknown id.
+        """
+        return self._table(skip_special_tokens=False).bytes_of(id)
+
+    def stream(
+        self, *, skip_special_tokens: bool = True, after: Sequence[int] = (), ignore_unknown: bool = False
+    ) -> TextStream:
+        """A `TextStream`, which turns ids to text as they come.
+
+        Args:
+            skip_special_tokens: leave them out of the text.
+            after: ids of what the text continues, such as the prompt. Where a tokenizer leaves a space out at the
+                start of a text, it stays in then: prompt and output together are one text. A character that these
+                leave unfinished stays so.
+            ignore_unknown: ids from `vocab_size` on, of which a model may have logits, are no text and no error.
+        """
+        return self._table(skip_special_tokens).stream(after, ignore_unknown)
+
+    def _table(self, skip_special_tokens: bool) -> TokenTexts:
+        if skip_special_tokens not in self._texts:
+            self._texts[skip_special_tokens] = TokenTexts(self, self._tokenizer.decoder, skip_special_tokens)
+        return self._texts[skip_special_tokens]
+
+    def _check(self, id: int) -> None:
+        if not 0 <= id < self.vocab_size:
+            known = f"it has 0 to {self.vocab_size - 1}"
+            raise ValueError(f"token id {id} is not in the vocabulary of {self._source}: {known}")
 
     # -- messages
 
@@ -196,69 +232,6 @@ class Tokenizer:
             messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
         )
         return self.encode(prompt, add_special_tokens=False)
-
-
-class TextStream:
-    """Text of a growing sequence of token ids, a piece at a time; no piece ends inside a character.
-
-    The pieces and `flush()` together are `decode()` of all ids. (Where byte-fallback tokens spell bytes that
-    are not UTF-8, `decode()` garbles valid characters before them too, and a piece given out stays.)
-    """
-
-    # `tokenizers.decoders.DecodeStream` does the same but fails on such bytes ("Invalid prefix encountered"),
-    # holds text back for as long as they go on, and has no flush.
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool):
-        self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._window: list[int] = []  # the ids decoded together: context, then those not given out yet
-        self._context = 0  # how many are context: what a token says depends on whether one stands before it
-        self._given = 0  # how many characters of the window's text have been given out
-        self._recent: list[str] = []  # the window's text at the last three pushes
-
-    def push(self, token_id: int) -> str:
-        """The text that `token_id` completes, often empty. Raises `ValueError` for an unknown id."""
-        if token_id in self._skipped:
-            return ""
-        window = [*self._window, token_id]
-        text = final = self._decode(window)
-        complete = not text.endswith("\ufffd")
-        if not complete:
-            # Perhaps a character whose bytes are not all there yet; until they are, the bytes before it may
-            # decode to U+FFFD as well. No character has more than four: what the text has begun with for
-            # four pushes will not change.
-            final = text.rstrip("\ufffd")
-            if len(self._recent) == 3:
-                new = _common_start([recent[self._given :] for recent in (text, *self._recent)])
-                final = max(final, text[: self._given] + new, key=len)
-        piece = final[self._given :]
-        self._window = window
-        self._given = max(self._given, len(final))
-        self._recent = [*self._recent[-2:], text]
-        if complete and piece:
-            self._window = window[self._context :]
-            self._context = len(self._window)
-            self._given = len(self._decode(self._window))
-            self._recent = []
-        return piece
-
-    def flush(self) -> str:
-        """The text held back so far; the stream then begins anew."""
-        rest = self._decode(self._window)[self._given :]
-        self._window, self._context, self._given, self._recent = [], 0, 0, []
-        return rest
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
-
-
-def _common_start(texts: list[str]) -> str:
-    n = 0
-    for characters in zip(*texts, strict=False):
-        if len(set(characters)) > 1:
-            break
-        n += 1
-    return texts[0][:n]
 
 
 class _GenerationBlock(jinja2.ext.Extension):

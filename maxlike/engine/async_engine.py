@@ -1,0 +1,268 @@
+"""The engine on a thread of its own, for programs that live in an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from maxlike.engine.config import EngineConfig
+from maxlike.engine.engine import Engine
+from maxlike.engine.llm import unit_length
+from maxlike.engine.loading import load_engine
+from maxlike.engine.metrics import EngineMetrics
+from maxlike.engine.output import Delta, EmbeddingOutput
+from maxlike.engine.request import Request
+from maxlike.engine.sampling_params import SamplingParams
+from maxlike.models.config import TransformerConfig
+from maxlike.models.tokenizer import Tokenizer
+
+
+class QueueFullError(Exception):
+    """As many requests wait as may; `limit` says how many."""
+
+    def __init__(self, limit: int):
+        super().__init__(f"{limit} requests wait already, which is the limit: try again later.")
+        self.limit = limit
+
+
+class EngineDeadError(Exception):
+    """The engine's thread has ended with an error, or was closed; no request will be answered."""
+
+
+class _Stream:
+    """What a request's caller waits for; filled and read on the caller's event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, n_open: int):
+        self.loop, self.n_open = loop, n_open
+        self.deltas: list[Delta] = []
+        self.embedding: list[float] | None = None
+        self.error: BaseException | None = None
+        self.changed = asyncio.Event()
+
+    def put(self, deltas: list[Delta], embedding: list[float] | None = None) -> None:
+        self.deltas += deltas
+        self.embedding = embedding
+        self.n_open -= sum(delta.finish_reason is not None for delta in deltas)
+        self.changed.set()
+
+    def fail(self, error: BaseException) -> None:
+        self.error = error
+        self.changed.set()
+
+    async def take(self) -> list[Delta]:
+        await self.changed.wait()
+        self.changed.clear()
+        deltas, self.deltas = self.deltas, []
+        if self.error is not None and not deltas:
+            raise self.error
+        return deltas
+
+
+class AsyncEngine:
+    """Runs an `Engine` on a thread; requests come from any event loop, and outputs go back to it.
+
+    Args:
+        engine: nobody else may use it from now on.
+        max_queue: most requests (of n continuations each) that wait for a place; `None`: no limit.
+    """
+
+    def __init__(self, engine: Engine, *, max_queue: int | None = None):
+        self._engine, self.max_queue = engine, max_queue
+        self.error: BaseException | None = None
+        """What the thread ended with."""
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._streams: dict[str, _Stream] = {}
+        self._draining = self._closing = False
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def from_model(cls, model: str | os.PathLike[str], config: EngineConfig | None = None, *,
+                   max_queue: int | None = None, **options: Any) -> AsyncEngine:
+        """Of a checkpoint; arguments as `LLM` has them. `start` is still to be called."""
+        config, load_options = EngineConfig.from_options(config, options)
+        return cls(load_engine(model, config, **load_options), max_queue=max_queue)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The checkpoint's, `None` where it has none."""
+        return self._engine.tokenizer
+
+    @property
+    def config(self) -> EngineConfig:
+        """How large the engine is, nothing left open."""
+        return self._engine.config
+
+    @property
+    def model_config(self) -> TransformerConfig:
+        """The model's."""
+        return self._engine.model_config
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        """What the engine counts."""
+        return self._engine.metrics
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence, prompt and output, in tokens."""
+        return self._engine.max_model_len
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are taken."""
+        return self._thread is not None and self.error is None and not (self._draining or self._closing)
+
+    @property
+    def n_compiled(self) -> int:
+        """Programs compiled so far."""
+        return self._engine.runner.n_compiled
+
+    def start(self) -> None:
+        """Starts the thread."""
+        assert self._thread is None, "started already"
+        self._thread = threading.Thread(target=self._run, name="maxlike-engine", daemon=True)
+        self._thread.start()
+
+    def check(self, prompt: Sequence[int], params: SamplingParams, *, embed: bool = False) -> None:
+        """As `Engine.check`; may take a while where a grammar is to be compiled."""
+        self._engine.check(prompt, params, embed=embed)
+
+    async def generate(self, prompt: Sequence[int], params: SamplingParams, request_id: str, *,
+                       priority: int = 0) -> AsyncIterator[list[Delta]]:
+        """What each step adds to the continuations of a prompt, until all have ended.
+
+        A caller that stops listening (`aclose`, or a cancelled task) ends the request, and its pages are free.
+
+        Args:
+            prompt: token ids.
+            request_id: a name of its own.
+            priority: lower ones go first.
+
+        Raises:
+            ValueError: as `Engine.check`, or the name is taken.
+            QueueFullError: too many wait.
+            EngineDeadError: the engine takes no requests any more, or ended in the midst of this one.
+        """
+        stream = self._submit(prompt, params, request_id, priority=priority, embed=False, n=params.n)
+        try:
+            while stream.n_open or stream.deltas:
+                yield await stream.take()
+        finally:
+            self._streams.pop(request_id, None)
+            if stream.n_open and stream.error is None:
+                self._post(lambda: self._engine.cancel(request_id))
+
+    async def embed(self, prompt: Sequence[int], request_id: str) -> EmbeddingOutput:
+        """A prompt's embedding; raises as `generate`."""
+        stream = self._submit(prompt, SamplingParams(max_tokens=0), request_id, priority=0, embed=True, n=1)
+        try:
+            while stream.n_open:
+                await stream.take()
+        finally:
+            self._streams.pop(request_id, None)
+            if stream.n_open and stream.error is None:
+                self._post(lambda: self._engine.cancel(request_id))
+        assert stream.embedding is not None
+        return EmbeddingOutput(request_id, list(prompt), stream.embedding)
+
+    async def drain(self, timeout: float | None = None) -> bool:
+        """Takes no more requests, and waits until those there are have ended, `timeout` seconds at most.
+
+        Returns:
+            Whether all have.
+        """
+        self._draining = True
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self._streams and self.error is None:
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+            await asyncio.sleep(0.01)
+        return True
+
+    def close(self) -> None:
+        """Ends the thread after the step that runs; requests that are there fail with `EngineDeadError`."""
+        self._closing = True
+        with self._wake:
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    # -- callers' threads
+
+    def _submit(self, prompt: Sequence[int], params: SamplingParams, request_id: str, *, priority: int, embed: bool,
+                n: int) -> _Stream:
+        if not self.is_ready:
+            raise EngineDeadError(f"The engine takes no requests: {self._why_not()}.")
+        if self.max_queue is not None and self._n_waiting() >= self.max_queue:
+            raise QueueFullError(self.max_queue)
+        if request_id in self._streams:
+            raise ValueError(f"There is a request {request_id!r} already: give each a name of its own.")
+        self._engine.check(prompt, params, embed=embed)
+        stream = self._streams[request_id] = _Stream(asyncio.get_running_loop(), n)
+
+        def add() -> None:
+            if request_id in self._streams:  # else the caller has gone before the engine came to it
+                try:
+                    self._engine.add(request_id, prompt, params, priority=priority, embed=embed, client=stream)
+                except ValueError as error:
+                    stream.loop.call_soon_threadsafe(stream.fail, error)
+
+        self._post(add)
+        return stream
+
+    def _why_not(self) -> str:
+        if self.error is not None:
+            return f"it ended with {type(self.error).__name__}: {self.error}"
+        return "it is being drained" if self._draining else "it was closed" if self._closing else "it was not started"
+
+    def _n_waiting(self) -> int:
+        return max(0, len(self._streams) - self._engine.metrics.running)
+
+    def _post(self, action: Callable[[], None]) -> None:
+        with self._wake:
+            self._inbox.append(action)
+            self._wake.notify()
+
+    # -- the engine's thread
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                with self._wake:
+                    while not (self._inbox or self._engine.has_work() or self._closing):
+                        self._wake.wait()
+                while self._inbox:
+                    self._inbox.popleft()()
+                self._deliver(self._engine.step())
+        except BaseException as error:  # whatever it is, those who wait are to know
+            self.error = error
+            raise
+        finally:
+            dead = EngineDeadError(f"The engine ended before the request: {self._why_not()}.")
+            for stream in list(self._streams.values()):
+                stream.loop.call_soon_threadsafe(stream.fail, dead)
+
+    def _deliver(self, moved: list[Request]) -> None:
+        by_stream: dict[int, tuple[_Stream, list[Request]]] = {}
+        for request in moved:
+            by_stream.setdefault(id(request.client), (request.client, []))[1].append(request)
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, list[Delta], list[float] | None]]] = (
+            defaultdict(list))
+        for stream, requests in by_stream.values():
+            deltas = [request.take_delta() for request in requests]
+            embedding = unit_length(requests[0]) if requests[0].embedding is not None else None
+            by_loop[stream.loop].append((stream, deltas, embedding))
+        for loop, news in by_loop.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_put_all, news)
+
+
+def _put_all(news: list[tuple[_Stream, list[Delta], list[float] | None]]) -> None:
+    for stream, deltas, embedding in news:
+        stream.put(deltas, embedding)

@@ -1,0 +1,55 @@
+"""An engine from a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from jax.typing import DTypeLike
+
+from maxlike.engine.config import EngineConfig
+from maxlike.engine.engine import Engine
+from maxlike.kernels.paged_attention import Implementation
+from maxlike.mesh import Devices
+from maxlike.models.build import mesh_for
+from maxlike.models.checkpoint import load_model
+from maxlike.models.hub import resolve
+from maxlike.models.registry import parse_config
+from maxlike.models.tokenizer import Tokenizer
+from maxlike.nn.kv_cache import KVScales, mesh_platform
+
+
+def load_engine(model: str | os.PathLike[str], config: EngineConfig | None = None, *, devices: Devices | None = None,
+                dtype: DTypeLike | None = None, kv_cache_dtype: DTypeLike | None = None,
+                kv_scales: KVScales | None = None, implementation: Implementation | None = None,
+                use_subgraphs: bool | None = None, chat_template: str | None = None) -> Engine:
+    """An engine over a checkpoint, which may be one without a tokenizer.
+
+    Args:
+        model: a local folder, or a hub id such as `"Qwen/Qwen3-0.6B"`.
+        config: how large the engine is.
+        devices, dtype, kv_cache_dtype, kv_scales, implementation, use_subgraphs: as `maxlike.load` has them.
+        chat_template: Jinja source that stands in for the checkpoint's own.
+
+    Raises:
+        ValueError: as `maxlike.load`, or the memory does not hold what was asked for.
+    """
+    folder = resolve(model)
+    model_config, _ = parse_config(folder)
+    tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
+    if chat_template is not None:
+        if tokenizer is None:
+            raise ValueError(f"A chat template was given, but {folder} has no tokenizer.json to use it with.")
+        tokenizer.chat_templates = {"default": chat_template}
+    mesh = mesh_for(model_config, devices)
+    config = (config or EngineConfig()).for_model(model_config, mesh_platform(mesh))
+    loaded = load_model(model_config, folder, devices=mesh, dtype=dtype, kv_cache_dtype=kv_cache_dtype,
+                        kv_scales=kv_scales, implementation=implementation, use_subgraphs=use_subgraphs,
+                        page_size=config.page_size)
+    return Engine(loaded, model_config, config, tokenizer)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint says how text becomes ids."""
+    return (folder / "tokenizer.json").is_file()
+
