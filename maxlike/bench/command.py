@@ -9,22 +9,27 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TextIO
 
+import jax
 from tqdm import tqdm
 
 from maxlike.bench.client import Client, RequestRecord, list_models, server_root
 from maxlike.bench.figures import LevelFigures, Objectives
 from maxlike.bench.lengths import Lengths
 from maxlike.bench.load import Load, parse_loads
+from maxlike.bench.offline import run_offline
 from maxlike.bench.online import run_online
 from maxlike.bench.own_server import own_server, serve_command
 from maxlike.bench.plot import check_plot, plot
 from maxlike.bench.report import check_writable, document, level_text, summary_text, write_json
 from maxlike.bench.workload import DEFAULT_INPUT_LEN, DEFAULT_OUTPUT_LEN, Workload, WorkloadConfig, random_ids
+from maxlike.engine.flags import add_engine_flags, engine_options
+from maxlike.engine.llm import LLM
+from maxlike.engine.loading import has_tokenizer
 from maxlike.models.hub import resolve
 from maxlike.models.registry import parse_config
 from maxlike.models.tokenizer import Tokenizer
@@ -101,6 +106,13 @@ def add_command(commands: Any, embedded_model: str) -> None:
     online.set_defaults(run=lambda args: _online(args, embedded_model))
 
 
+    offline = kinds.add_parser("offline", help="throughput of the engine in this process", description=(
+        "Give the engine all requests at once, and report requests and tokens a second. Programs are compiled "
+        "beforehand."))
+    _add_offline_flags(offline, embedded_model)
+    offline.set_defaults(run=_offline)
+
+
 def _add_online_flags(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("server")
     server.add_argument("--base-url", metavar="URL", help="an OpenAI-compatible server, as http://127.0.0.1:8000")
@@ -136,6 +148,21 @@ def _add_online_flags(parser: argparse.ArgumentParser) -> None:
                         "ms: ttft:500,tpot:50,e2e:10000")
     report.add_argument("--json", metavar="FILE", help="write all figures as JSON; -: to stdout, the table to stderr")
     report.add_argument("--plot", metavar="FILE", type=Path, help="draw latency against load, as .png, .svg or .pdf")
+
+
+def _add_offline_flags(parser: argparse.ArgumentParser, embedded_model: str) -> None:
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--model", metavar="FOLDER|HUB_ID", default=embedded_model, help="a Hugging Face checkpoint; "
+                        "default: the small embedded model of Python source")
+    add_engine_flags(engine)
+    requests = parser.add_argument_group("requests")
+    _add_workload_flags(requests)
+    requests.add_argument("--rounds", type=int, default=1, metavar="N", help="measure so many times, with new prompts, "
+                          "and report the medians; default 1")
+    requests.add_argument("--warmup", type=int, default=1, metavar="N", help="requests beforehand that do not count; "
+                          "default 1")
+    report = parser.add_argument_group("report")
+    report.add_argument("--json", metavar="FILE", help="write all figures as JSON; -: to stdout, the table to stderr")
 
 
 def _add_workload_flags(group: argparse._ArgumentGroup) -> None:
@@ -209,11 +236,39 @@ def _online(args: argparse.Namespace, embedded_model: str) -> None:
         plot(levels, args.plot, f"{model}: {workload}")
 
 
+def _offline(args: argparse.Namespace) -> None:
+    if args.rounds < 1 or args.warmup < 0:
+        raise ValueError(f"--rounds must be at least 1, and --warmup at least 0; got {args.rounds} and {args.warmup}.")
+    workload_config = _workload_config(args)
+    if args.json not in (None, "-"):
+        check_writable(args.json)
+    folder = resolve(args.model)
+    tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
+    workload = Workload(workload_config, "ids", tokenizer=tokenizer,
+                        vocabulary=random_ids(tokenizer, parse_config(folder)[0].vocab_size))
+    engine_config, options = engine_options(args, args.model)
+    engine_config = replace(engine_config, warm_up=True)  # or the first round would compile
+    out: TextIO = sys.stderr if args.json == "-" else sys.stdout
+    print(f"{args.model}: {workload}", file=out, flush=True)
+    figures = run_offline(lambda: LLM(folder, engine_config, **options), workload, rounds=args.rounds,
+                          warm_up=args.warmup, use_tqdm=True)
+    for said in (str(figures), *_about_file(workload)):
+        print(said, file=out)
+    if args.json is not None:
+        devices = [device.device_kind for device in options["devices"].devices.flat]
+        config = {"model": args.model, "engine": asdict(engine_config), "tp": len(devices), "dtype": args.dtype,
+                  "kv_cache_dtype": args.kv_cache_dtype, "attention": args.attention, "warm_up": args.warmup,
+                  "workload": _as_json(workload_config)}
+        write_json(document("offline", config, jax=jax.__version__, devices=devices, repeated_prompts=workload.repeated,
+                            left_out_prompts=workload.left_out, **figures.as_json()), args.json)
+
+
 def _workload(config: OnlineConfig, workload: WorkloadConfig, checkpoint: Path | None) -> Workload:
     """Random prompts are token ids where the vocabulary is known and nothing asks for text."""
     folder = checkpoint if config.tokenizer is None else resolve(config.tokenizer)
-    has_tokenizer = config.tokenizer is not None or (folder is not None and (folder / "tokenizer.json").is_file())
-    tokenizer = Tokenizer.from_folder(folder) if folder is not None and has_tokenizer else None
+    # One that was named must be there; a checkpoint may be without.
+    wanted = folder is not None and (config.tokenizer is not None or has_tokenizer(folder))
+    tokenizer = Tokenizer.from_folder(folder) if folder is not None and wanted else None
     vocab_size = None if checkpoint is None else parse_config(checkpoint)[0].vocab_size
     known = tokenizer is not None or vocab_size is not None
     form: Literal["ids", "text"] = "ids" if known and not (config.chat or config.text) else "text"
