@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-import httpx
+import httpx2
 import pytest
 
 from maxlike.serve.service import Service
@@ -17,13 +17,13 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture
-def server(engine: FakeEngine) -> Iterator[tuple[httpx.Client, Service]]:
+def server(engine: FakeEngine) -> Iterator[tuple[httpx2.Client, Service]]:
     """A server over it."""
     with serving(engine) as started:
         yield started
 
 
 @pytest.fixture
-def client(server: tuple[httpx.Client, Service]) -> httpx.Client:
+def client(server: tuple[httpx2.Client, Service]) -> httpx2.Client:
     """A client of that."""
     return server[0]

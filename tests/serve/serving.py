@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import httpx
+import httpx2
 import uvicorn
 
 from maxlike.serve.app import make_app
@@ -19,7 +19,7 @@ from tests.serve.fake_engine import CHATML, FakeEngine
 @contextmanager
 def serving(
     engine: FakeEngine, *, chat_template: str | None = CHATML, tool_format: str | None = "hermes", **config: Any
-) -> Iterator[tuple[httpx.Client, Service]]:
+) -> Iterator[tuple[httpx2.Client, Service]]:
     """A client of a server over `engine`, and the server's own side."""
     if chat_template is not None and engine.tokenizer is not None:
         engine.tokenizer.chat_templates["default"] = chat_template
@@ -32,7 +32,7 @@ def serving(
     thread.start()
     try:
         until(lambda: server.started)
-        with httpx.Client(base_url=f"http://127.0.0.1:{bound.getsockname()[1]}", timeout=20) as client:
+        with httpx2.Client(base_url=f"http://127.0.0.1:{bound.getsockname()[1]}", timeout=20) as client:
             yield client, service
     finally:
         engine.may_go_on.set()

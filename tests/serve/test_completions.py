@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from maxlike.engine.sampling_params import SamplingParams, StructuredOutput
@@ -19,13 +19,13 @@ def events(text: str) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
 
 
-def complete(client: httpx.Client, **body: Any) -> dict[str, Any]:
+def complete(client: httpx2.Client, **body: Any) -> dict[str, Any]:
     reply = client.post("/v1/completions", json={"model": "tiny"} | body)
     assert reply.status_code == 200, reply.text
     return reply.json()
 
 
-def test_a_text_is_continued(client: httpx.Client, engine: FakeEngine) -> None:
+def test_a_text_is_continued(client: httpx2.Client, engine: FakeEngine) -> None:
     reply = complete(client, prompt="def f")
     assert engine.tokenizer is not None
     prompt = engine.tokenizer.encode("def f")
@@ -39,7 +39,7 @@ def test_a_text_is_continued(client: httpx.Client, engine: FakeEngine) -> None:
     assert engine.calls[0].params == SamplingParams(max_tokens=16)
 
 
-def test_every_option_reaches_the_engine(client: httpx.Client, engine: FakeEngine) -> None:
+def test_every_option_reaches_the_engine(client: httpx2.Client, engine: FakeEngine) -> None:
     options = {"n": 2, "temperature": 0, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.1,
                "frequency_penalty": -1, "presence_penalty": 2, "seed": 5, "stop": ["a", "b"], "stop_token_ids": [9],
                "ignore_eos": True, "max_tokens": 9, "min_tokens": 2, "include_stop_str_in_output": True,
@@ -63,13 +63,13 @@ def test_every_option_reaches_the_engine(client: httpx.Client, engine: FakeEngin
     ],
 )
 def test_structured_outputs(
-    client: httpx.Client, engine: FakeEngine, given: dict[str, Any], expected: StructuredOutput
+    client: httpx2.Client, engine: FakeEngine, given: dict[str, Any], expected: StructuredOutput
 ) -> None:
     complete(client, prompt="x", structured_outputs=given)
     assert engine.calls[0].params is not None and engine.calls[0].params.structured_output == expected
 
 
-def test_null_is_not_given(client: httpx.Client, engine: FakeEngine) -> None:
+def test_null_is_not_given(client: httpx2.Client, engine: FakeEngine) -> None:
     fields = ["n", "temperature", "stop", "seed", "logit_bias", "stream", "stream_options", "suffix", "echo", "best_of",
               "max_tokens", "user", "structured_outputs", "priority", "logprobs"]
     complete(client, prompt="x", **dict.fromkeys(fields))
@@ -79,7 +79,7 @@ def test_null_is_not_given(client: httpx.Client, engine: FakeEngine) -> None:
 @pytest.mark.parametrize(
     ("prompt", "n_prompts"), [("a", 1), (["a"], 1), (["a", "b c"], 2), ([5, 6, 7], 1), ([[5, 6], [7], [8]], 3)]
 )
-def test_prompts_of_all_kinds(client: httpx.Client, engine: FakeEngine, prompt: Any, n_prompts: int) -> None:
+def test_prompts_of_all_kinds(client: httpx2.Client, engine: FakeEngine, prompt: Any, n_prompts: int) -> None:
     reply = complete(client, prompt=prompt, n=2, temperature=1)
     assert [choice["index"] for choice in reply["choices"]] == list(range(2 * n_prompts))
     assert [choice["text"] for choice in reply["choices"]] == [" 0: hello world", " 1: hello world"] * n_prompts
@@ -94,7 +94,7 @@ def test_prompts_of_all_kinds(client: httpx.Client, engine: FakeEngine, prompt: 
 
 @pytest.mark.parametrize("prompt", ["def f", ["def f", "a b"], [[5, 6], [7]]])
 @pytest.mark.parametrize("more", [{}, {"echo": True}, {"logprobs": 2}, {"echo": True, "logprobs": 0, "max_tokens": 3}])
-def test_a_stream_adds_up_to_the_whole(client: httpx.Client, prompt: Any, more: dict[str, Any]) -> None:
+def test_a_stream_adds_up_to_the_whole(client: httpx2.Client, prompt: Any, more: dict[str, Any]) -> None:
     whole = complete(client, prompt=prompt, n=2, **more)
     reply = client.post("/v1/completions", json={
         "prompt": prompt, "n": 2, "stream": True, "stream_options": {"include_usage": True}, **more})
@@ -112,15 +112,16 @@ def test_a_stream_adds_up_to_the_whole(client: httpx.Client, prompt: Any, more: 
                 assert [value for part in parts for value in part["logprobs"][key]] == values, key
 
 
-def test_without_usage_chunks_do_not_speak_of_it(client: httpx.Client) -> None:
+def test_without_usage_chunks_do_not_speak_of_it(client: httpx2.Client) -> None:
     reply = client.post("/v1/completions", json={"prompt": "x", "stream": True})
     assert all("usage" not in chunk for chunk in events(reply.text))
 
 
-def test_logprobs(client: httpx.Client, engine: FakeEngine) -> None:
+def test_logprobs(client: httpx2.Client, engine: FakeEngine) -> None:
     assert engine.tokenizer is not None
     choice = complete(client, prompt="def f", logprobs=2, echo=True, max_tokens=2)["choices"][0]
-    prompt, reply = engine.tokenizer.encode("def f"), engine.tokenizer.encode(" hello world", add_special_tokens=False)[:2]
+    prompt = engine.tokenizer.encode("def f")
+    reply = engine.tokenizer.encode(" hello world", add_special_tokens=False)[:2]
     tokens = [engine.tokenizer.token_bytes(id).decode() for id in prompt + reply]
     found = choice["logprobs"]
     assert found["tokens"] == tokens
@@ -134,7 +135,7 @@ def test_logprobs(client: httpx.Client, engine: FakeEngine) -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1])
-def test_scoring_as_lm_eval_does_it(client: httpx.Client, engine: FakeEngine, max_tokens: int) -> None:
+def test_scoring_as_lm_eval_does_it(client: httpx2.Client, engine: FakeEngine, max_tokens: int) -> None:
     reply = complete(client, prompt=[[5, 6, 7], [8, 9]], temperature=0, max_tokens=max_tokens, logprobs=1, seed=1234,
                      echo=True)
     assert [len(choice["logprobs"]["token_logprobs"]) for choice in reply["choices"]] == [3 + max_tokens,
@@ -161,7 +162,7 @@ def test_without_a_tokenizer_there_are_ids(engine: FakeEngine) -> None:
         engine.tokenizer = tokenizer
 
 
-def test_max_tokens_has_room(client: httpx.Client, engine: FakeEngine) -> None:
+def test_max_tokens_has_room(client: httpx2.Client, engine: FakeEngine) -> None:
     for n_prompt, expected in ((127, 1), (120, 8), (5, 16)):  # of 128; OpenAI's default is 16
         complete(client, prompt=[5] * n_prompt)
         assert engine.calls[-1].params is not None and engine.calls[-1].params.max_tokens == expected
@@ -173,20 +174,20 @@ def test_max_tokens_has_room(client: httpx.Client, engine: FakeEngine) -> None:
     assert len(engine.calls) == 3
 
 
-def test_one_write_brings_all_that_a_step_has(client: httpx.Client) -> None:
+def test_one_write_brings_all_that_a_step_has(client: httpx2.Client) -> None:
     with client.stream("POST", "/v1/completions", json={"prompt": "x", "n": 3, "stream": True}) as reply:
         chunks = [chunk for chunk in reply.iter_raw() if b"finish_reason" in chunk]
     assert chunks[0].count(b"data: ") % 3 == 0
 
 
-def test_an_error_before_the_first_token_has_its_own_status(client: httpx.Client, engine: FakeEngine) -> None:
+def test_an_error_before_the_first_token_has_its_own_status(client: httpx2.Client, engine: FakeEngine) -> None:
     engine.full = True
     reply = client.post("/v1/completions", json={"prompt": "x", "stream": True})
     assert reply.status_code == 429 and reply.headers["retry-after"] == "1"
     assert reply.json()["error"]["code"] == "queue_full"
 
 
-def test_an_error_in_the_midst_is_the_streams_last_event(client: httpx.Client, engine: FakeEngine) -> None:
+def test_an_error_in_the_midst_is_the_streams_last_event(client: httpx2.Client, engine: FakeEngine) -> None:
     engine.fails_after = 2
     reply = client.post("/v1/completions", json={"prompt": "x", "stream": True})
     assert reply.status_code == 200
@@ -195,7 +196,7 @@ def test_an_error_in_the_midst_is_the_streams_last_event(client: httpx.Client, e
     assert last["error"]["message"] == "the engine failed"
 
 
-def test_one_of_several_prompts_that_fails_ends_the_others(client: httpx.Client, engine: FakeEngine) -> None:
+def test_one_of_several_prompts_that_fails_ends_the_others(client: httpx2.Client, engine: FakeEngine) -> None:
     engine.may_go_on.clear()
     reply = client.post("/v1/completions", json={"prompt": [[5], [6], [5000]]})
     assert reply.status_code == 400 and "5000" in reply.json()["error"]["message"]
