@@ -118,7 +118,9 @@ async def answer_error(request: Request, error: Exception) -> Response:
 
 async def answer_fault(request: Request, error: Exception) -> Response:
     """The last resort: an error of ours. Starlette raises it again, and it is logged."""
-    return ApiError(500, "The server failed on this request; its log says more.").response()
+    # uvicorn closes the connection then; clients had better know.
+    return ApiError(500, "The server failed on this request; its log says more.",
+                    headers={"Connection": "close"}).response()
 
 
 def _hint(name: str) -> list[str]:

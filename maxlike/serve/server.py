@@ -29,15 +29,17 @@ def bind(config: ServeConfig) -> socket.socket:
     Raises:
         ValueError: the address cannot be had.
     """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        raise ValueError(f"The server cannot have {config.host}:{config.port}: {error.strerror}. Choose another host "
-                         "or port; port 0 takes any that is free.") from error
+    with contextlib.ExitStack() as undo:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(
+                config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            bound = undo.enter_context(socket.socket(family, kind, protocol))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError as error:
+            raise ValueError(f"The server cannot have {config.host}:{config.port}: {error.strerror}. Choose another "
+                             "host or port; port 0 takes any that is free.") from error
+        undo.pop_all()
     return bound
 
 

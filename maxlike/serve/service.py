@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import anyio.to_thread
@@ -67,15 +67,21 @@ class Service:
             ApiError: there is text and no tokenizer, or a prompt without any token.
             ValueError: text that is not Unicode.
         """
-        texts: Sequence[str]
+        given: list[str] | list[list[int]]
         if isinstance(prompts, str):
-            texts = [prompts]
-        elif isinstance(prompts[0], str):
-            texts = prompts  # type: ignore[assignment]
+            given = [prompts]
+        elif isinstance(prompts[0], int):
+            given = [prompts]  # type: ignore[list-item]
         else:
-            return [prompts] if isinstance(prompts[0], int) else prompts  # type: ignore[list-item,return-value]
+            given = prompts  # type: ignore[assignment]
+        limit = self.engine.max_queue
+        if limit is not None and len(given) > limit:
+            raise ApiError(400, f"The request has {len(given)} prompts; the server lets {limit} wait at most. Send "
+                           "fewer at a time.")
+        if not isinstance(given[0], str):
+            return given  # type: ignore[return-value]
         tokenizer = self.tokenizer_for("text")
-        token_ids = await in_thread(lambda: [tokenizer.encode(text) for text in texts])
+        token_ids = await in_thread(lambda: [tokenizer.encode(text) for text in given])
         if not all(token_ids):
             raise ApiError(400, "A prompt is empty: the model needs at least one token to go on from.", param="prompt")
         return token_ids

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 from maxlike.cli import EMBEDDED_MODEL
@@ -32,26 +32,33 @@ class Call:
     ended: str = "running"
 
 
-@dataclass
 class FakeEngine:
     """Follows the contract of `AsyncEngine`; every continuation is `reply`, whose index stands before it if n > 1."""
 
-    reply: str = " hello world"
-    max_model_len: int = 128
-    tokenizer: Tokenizer | None = field(default_factory=lambda: Tokenizer.from_folder(EMBEDDED_MODEL))
-    calls: list[Call] = field(default_factory=list)
-    full: bool = False
-    fails_after: int | None = None
-    error: BaseException | None = None
-    is_ready: bool = True
-    metrics: EngineMetrics = field(default_factory=lambda: EngineMetrics(pages_total=10))
+    max_model_len = 128
+    max_queue = 2048
 
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
+        self.tokenizer: Tokenizer | None = Tokenizer.from_folder(EMBEDDED_MODEL)
         self.model_config = SimpleNamespace(vocab_size=4096)
+        self.metrics = EngineMetrics(pages_total=10)
         self.may_go_on = threading.Event()  # cleared: every request stops after its first token
+        self.reset()
+
+    def reset(self) -> None:
+        """As at the start."""
+        self.reply = " hello world"
+        self.calls: list[Call] = []
+        self.full = False
+        self.fails_after: int | None = None
+        self.error: BaseException | None = None
+        self.is_ready = True
+        self.fault: BaseException | None = None
         self.may_go_on.set()
 
     def check(self, prompt: list[int], params: SamplingParams) -> None:
+        if self.fault is not None:
+            raise self.fault
         if params.structured_output is not None and params.structured_output.regex == "(":
             raise ValueError("the regex '(' has an open parenthesis")
 

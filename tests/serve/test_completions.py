@@ -8,7 +8,6 @@ import pytest
 
 from maxlike.engine.sampling_params import SamplingParams, StructuredOutput
 from tests.serve.fake_engine import FakeEngine
-from tests.serve.serving import serving
 
 
 def events(text: str) -> list[dict[str, Any]]:
@@ -143,23 +142,21 @@ def test_scoring_as_lm_eval_does_it(client: httpx2.Client, engine: FakeEngine, m
     assert engine.calls[0].params is not None and engine.calls[0].params.prompt_logprobs == 1
 
 
-def test_a_token_that_is_no_text_has_its_bytes_for_a_name(engine: FakeEngine) -> None:
+def test_a_token_that_is_no_text_has_its_bytes_for_a_name(client: httpx2.Client, engine: FakeEngine) -> None:
     engine.reply = " 🦜"
-    with serving(engine) as (client, _):
-        found = complete(client, prompt="x", logprobs=0)["choices"][0]["logprobs"]
+    found = complete(client, prompt="x", logprobs=0)["choices"][0]["logprobs"]
     names = [name for name in found["tokens"] if name.startswith("bytes:")]
     assert names
     assert bytes.fromhex("".join(names).replace("bytes:", "").replace("\\x", "")) in "🦜".encode()
 
 
-def test_without_a_tokenizer_there_are_ids(engine: FakeEngine) -> None:
-    with serving(engine) as (client, service):
-        engine.tokenizer, tokenizer = None, engine.tokenizer
-        assert service.engine.tokenizer is None
-        for body in ({"prompt": "x"}, {"prompt": [5], "echo": True}):
-            reply = client.post("/v1/completions", json=body)
-            assert reply.status_code == 400 and "no tokenizer" in reply.json()["error"]["message"]
-        engine.tokenizer = tokenizer
+def test_without_a_tokenizer_there_are_ids(
+    client: httpx2.Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "tokenizer", None)
+    for body in ({"prompt": "x"}, {"prompt": [5], "echo": True}):
+        reply = client.post("/v1/completions", json=body)
+        assert reply.status_code == 400 and "no tokenizer" in reply.json()["error"]["message"]
 
 
 def test_max_tokens_has_room(client: httpx2.Client, engine: FakeEngine) -> None:
