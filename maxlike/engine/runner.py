@@ -7,7 +7,9 @@ programs, and the tail may wait for a grammar's mask while the forward pass alre
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from typing import Any
 
@@ -104,8 +106,14 @@ class ModelRunner:
         wanted = [(kind, n) for n in self.token_buckets for kind in ("forward", "score")]
         wanted += [(kind, n) for n in self.row_buckets for kind in ("greedy", "full")]
         wanted += [("clear", 0), ("fill", 0)]
-        for kind, n in tqdm(wanted, "compiling", disable=None if progress is None else not progress, leave=False):
-            self.compile(kind, n)
+        wanted = [key for key in wanted if key not in self._programs]
+        bar = tqdm(total=len(wanted), desc="compiling", disable=None if progress is None else not progress, leave=False)
+        with bar, ThreadPoolExecutor(os.cpu_count()) as threads:  # the compiler leaves the interpreter to others
+            compiled = {threads.submit(self._lower(*key).compile): key for key in wanted}
+            for future in as_completed(compiled):
+                self._programs[compiled[future]] = future.result()
+                bar.update()
+        self.n_compiled += len(wanted)
         for n in self.row_buckets:
             self._mask(n, None)
 
