@@ -131,6 +131,10 @@ class Tokenizer:
             self._check(id)
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
+    def to_json(self) -> str:
+        """How text becomes ids, in the form of tokenizer.json."""
+        return self._tokenizer.to_str()
+
     def token(self, id: int) -> str | None:
         """How the vocabulary spells a token; None for an id that it leaves out.
 
