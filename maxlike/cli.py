@@ -1,4 +1,4 @@
-"""The command line: `maxlike generate` and `maxlike info`."""
+"""The command line: `maxlike generate`, `maxlike serve`, `maxlike bench` and `maxlike info`."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ import flax
 import jax
 
 import maxlike
+from maxlike.bench.command import add_command as add_bench_command
 from maxlike.engine.config import EngineConfig
 from maxlike.engine.engine import check_prompt
+from maxlike.engine.flags import add_cache_dtype_flag, add_load_flags, devices_present, mesh_of_size
 from maxlike.engine.loading import has_tokenizer, load_engine
 from maxlike.engine.sampling_params import SamplingParams
-from maxlike.kernels.paged_attention import IMPLEMENTATIONS, choose_implementation, implementation_named
-from maxlike.mesh import check_tensor_parallel_size
-from maxlike.models.build import compute_dtype, default_kv_params, mesh_for
-from maxlike.models.config import TransformerConfig
+from maxlike.kernels.paged_attention import choose_implementation, implementation_named
+from maxlike.models.build import compute_dtype, default_kv_params
 from maxlike.models.hub import resolve
 from maxlike.models.registry import FAMILIES, parse_config
 from maxlike.models.tokenizer import Tokenizer
+from maxlike.serve.command import add_command as add_serve_command
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded"
 """A small model of Python source, for a first try without a network."""
@@ -37,10 +38,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, or 2 for bad input, told in one line on stderr."""
+    """Runs one command; returns the exit code: the command's, or 2 for bad input, told in one line on stderr."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        code = args.run(args)
         sys.stdout.flush()  # at exit it would be too late to find that nobody reads
     except ValueError as error:
         print("maxlike:", "; ".join(line.strip() for line in str(error).splitlines() if line.strip()), file=sys.stderr)
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,44 +81,23 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be "
                           "given several times")
     generate.add_argument("--seed", type=int, default=0, help="of the draws")
-    generate.add_argument("--kv-cache-dtype", choices=["float32", "bfloat16", "int8", "float8_e4m3fn"],
-                          help="default: --dtype's, float32 on CPU. int8 needs scales in the checkpoint, "
-                          "float8_e4m3fn takes them where they are")
+    add_cache_dtype_flag(generate)
     generate.add_argument("--json", action="store_true", help="print one JSON object instead of text and figures")
     generate.set_defaults(run=_generate)
 
     info = commands.add_parser("info", help="show devices, mesh and backends")
     _add_model_flags(info)
     info.set_defaults(run=_info)
+
+    add_serve_command(commands, str(EMBEDDED_MODEL))
+    add_bench_command(commands, str(EMBEDDED_MODEL))
     return parser
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="FOLDER|HUB_ID", default=str(EMBEDDED_MODEL),
                         help="a Hugging Face checkpoint; default: the small embedded model of Python source")
-    parser.add_argument("--tp", type=int, metavar="N", help="tensor-parallel size; default: as many devices as the "
-                        "model's heads allow")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the checkpoint's")
-    parser.add_argument("--attention", choices=IMPLEMENTATIONS, help="implementation of attention over the KV cache; "
-                        "default: the devices' own, as `maxlike info` tells")
-
-
-def _present() -> list[jax.Device]:
-    try:
-        return jax.devices()
-    except RuntimeError as error:
-        raise ValueError(f"JAX finds no device to run on: {error}") from error
-
-
-def _mesh(config: TransformerConfig, tp: int | None) -> jax.sharding.Mesh:
-    present = _present()
-    if tp is None:
-        return mesh_for(config)
-    check_tensor_parallel_size(tp, config.num_attention_heads, config.num_key_value_heads,
-                               intermediate_size=config.intermediate_size)
-    if tp > len(present):
-        raise ValueError(f"--tp {tp} was asked for; there are {len(present)} devices ({present[0].platform}).")
-    return mesh_for(config, present[:tp])
+    add_load_flags(parser)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -130,7 +110,7 @@ def _generate(args: argparse.Namespace) -> None:
         raise ValueError("--chat needs text to put into the template; --prompt-ids gives token ids.")
     folder = resolve(args.model)
     config, _ = parse_config(folder)
-    mesh = _mesh(config, args.tp)
+    mesh = mesh_of_size(config, args.tp)
     # A checkpoint without a tokenizer is still good for ids.
     tokenizer = None if args.prompt_ids is not None and not has_tokenizer(folder) else Tokenizer.from_folder(folder)
     prompt = _prompt_ids(args, tokenizer)
@@ -201,13 +181,13 @@ def _describe(mesh: jax.sharding.Mesh) -> str:
 
 
 def _info(args: argparse.Namespace) -> None:
-    present = _present()
+    present = devices_present()
     print(f"maxlike {maxlike.__version__}, jax {jax.__version__}, flax {flax.__version__}")
     print(f"platform    {jax.default_backend()}")
     print(f"devices     {', '.join(f'{d} ({d.device_kind})' for d in present)}")
     folder = resolve(args.model)
     config, _ = parse_config(folder)
-    mesh = _mesh(config, args.tp)
+    mesh = mesh_of_size(config, args.tp)
     print(f"model       {folder}: {config.model_type}, {len(config.layers)} layers, width {config.hidden_size}, "
           f"{config.num_attention_heads} heads, {config.num_key_value_heads} KV heads of {config.head_dim}, "
           f"vocabulary {config.vocab_size}, up to {config.max_position_embeddings} tokens")

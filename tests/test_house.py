@@ -19,7 +19,7 @@ LAYERS = [
     {"kernels"},
     {"nn"},
     {"models"},
-    {"engine", "serve", "train", "plan"},
+    {"engine", "serve", "train", "plan", "bench"},
     {"cli", "__main__", "__init__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -1,0 +1,37 @@
+"""`POST /tokenize` and `POST /detokenize`, as vLLM has them."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from maxlike.serve.body import read_body
+from maxlike.serve.conversation import conversation_ids
+from maxlike.serve.json_reply import JsonReply
+from maxlike.serve.protocol import DetokenizeRequest, TokenizeRequest
+from maxlike.serve.replies import Prompt, Tokens
+from maxlike.serve.service import Service, in_thread
+
+
+async def tokenize(service: Service, request: Request) -> Response:
+    """Text, or a conversation, to token ids."""
+    body = await read_body(request, TokenizeRequest, service.config)
+    service.check_model(body.model)
+    if body.messages is not None:
+        token_ids = await conversation_ids(service, body.messages, body)
+    else:
+        assert body.prompt is not None
+        tokenizer = service.tokenizer_for("tokenize")
+        token_ids = await in_thread(tokenizer.encode, body.prompt,
+                                    add_special_tokens=body.add_special_tokens is not False)
+    names = [service.names.name(id) for id in token_ids] if body.return_token_strs else None
+    return JsonReply(Tokens(count=len(token_ids), max_model_len=service.engine.max_model_len, tokens=token_ids,
+                            token_strs=names))
+
+
+async def detokenize(service: Service, request: Request) -> Response:
+    """Token ids to text, special tokens included."""
+    body = await read_body(request, DetokenizeRequest, service.config)
+    service.check_model(body.model)
+    tokenizer = service.tokenizer_for("detokenize")
+    return JsonReply(Prompt(prompt=await in_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)))
