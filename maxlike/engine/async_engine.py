@@ -126,6 +126,11 @@ class AsyncEngine:
         """Programs compiled so far."""
         return self._engine.runner.n_compiled
 
+    @property
+    def compile_s(self) -> float:
+        """Seconds that compiling them took at the start."""
+        return self._engine.runner.compile_s
+
     def start(self) -> None:
         """Starts the thread."""
         assert self._thread is None, "started already"
