@@ -69,7 +69,7 @@ def _keep_programs(folder: str | None) -> None:
     """Has JAX keep what it compiles, in `folder`, for the next start; here, since it concerns the whole process."""
     if folder == "none":
         jax.config.update("jax_compilation_cache_dir", None)
-    elif folder is not None or jax.config.values["jax_compilation_cache_dir"] is None:
+    elif folder is not None or jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder or PROGRAMS))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # all programs, the quick ones too
 
