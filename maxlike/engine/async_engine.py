@@ -222,7 +222,9 @@ class AsyncEngine:
         return "it is being drained" if self._draining else "it was closed" if self._closing else "it was not started"
 
     def _n_waiting(self) -> int:
-        return max(0, len(self._streams) - self._engine.metrics.running)
+        metrics, slots = self._engine.metrics, self._engine.runner.n_slots
+        # While nobody waits, those that the engine has not come to yet will find the free slots.
+        return len(self._streams) - (metrics.running if metrics.waiting else slots)
 
     def _post(self, action: Callable[[], None]) -> None:
         with self._wake:

@@ -167,6 +167,7 @@ class ModelRunner:
         tokens, offsets, lengths, table = layout.parts(packed)
         tokens = jnp.where(tokens < 0, last_tokens.at[-1 - tokens].get(mode="clip"), tokens)
         hidden, written = model.hidden_states(tokens, (pages, lengths, table), offsets)
+        assert written is not None
         last = hidden.at[offsets[1:] - 1].get(mode="clip")
         return jnp.pad(last, ((0, self.n_slots - layout.n_sequences), (0, 0))), hidden, written
 

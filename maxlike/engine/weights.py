@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +24,11 @@ def exchange_weights(model: DistributedTransformer, params: DistributedTransform
     Raises:
         ValueError: parameters are missing, unknown or of other shapes; names all of them, and changes nothing.
     """
-    new = _by_name(model, params) if _is_named(params) else _by_path(model, params)
+    named = isinstance(params, Mapping) and not isinstance(params, nnx.State)
+    new = _by_name(model, cast(Mapping[str, Any], params)) if named else _by_path(model, params)
     old = [param for _, _, param in named_parameters(model)]
     for param, value in zip(old, new, strict=True):
         param.set_value(value)
-
-
-def _is_named(params: Any) -> bool:
-    return isinstance(params, Mapping) and not isinstance(params, nnx.State)
 
 
 def _by_path(model: DistributedTransformer, params: Any) -> list[jax.Array]:

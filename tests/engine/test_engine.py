@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from maxlike.engine.engine import Engine
 from maxlike.engine.request import Request
@@ -103,7 +106,7 @@ def test_draws_with_a_seed_are_the_same_whatever_runs_beside_them(small: Engine)
     others = [pressed.add(f"other {i}", prompt, SamplingParams(max_tokens=20 + i, temperature=i % 2))[0]
               for i, prompt in enumerate(mixed_prompts(6, seed=9))]
     run(pressed, until=5)
-    requests = [pressed.add(str(i), prompt, its)[0] for i, (prompt, its) in enumerate(zip(prompts, params, strict=True))]
+    requests = [pressed.add(f"mine {its.seed}", prompt, its)[0] for prompt, its in zip(prompts, params, strict=True)]
     run(pressed)
     assert all(other.finish_reason for other in others) and pressed.scheduler.n_preemptions
     assert [request.output_token_ids for request in requests] == expected
@@ -256,9 +259,7 @@ def test_structured_output_beside_free_text(asked: dict[str, Any], pattern: str,
     run(small)
     for request in constrained:
         output = finished(request)
-        np.testing.assert_equal(output.finish_reason, "stop")
-        import re
-
+        assert output.finish_reason == "stop"
         assert re.fullmatch(pattern, output.text), output.text
     assert other.output_token_ids == free
 
@@ -345,8 +346,6 @@ def test_other_weights_without_compiling() -> None:
     prompt = source_tokens(40)
     before = alone(engine, prompt, GREEDY)
     compiled = engine.runner.n_compiled
-    from flax import nnx
-
     own = {".".join(map(str, path)): np.asarray(param.get_value())
            for path, param in nnx.to_flat_state(nnx.state(engine.model, nnx.Param))}
     (running,) = engine.add("running", prompt, GREEDY)
@@ -370,8 +369,6 @@ def test_other_weights_without_compiling() -> None:
 @pytest.mark.slow
 def test_nothing_is_compiled_after_warm_up() -> None:
     """500 requests of all kinds, and jax itself counts."""
-    import jax
-
     engine = engine_of(max_num_seqs=16, max_num_batched_tokens=64, page_size=16, max_model_len=192, num_pages=60,
                        warm_up=True)
     compiled = engine.runner.n_compiled
@@ -385,7 +382,8 @@ def test_nothing_is_compiled_after_warm_up() -> None:
             for _ in range(int(rng.integers(0, 8)) if n_added < 500 else 0):
                 prompt = source_tokens(int(rng.integers(1, 120)), start=int(rng.integers(0, 900)))
                 params = SamplingParams(
-                    n=int(rng.integers(1, 3)), temperature=float(rng.choice([0.0, 1.0])), max_tokens=int(rng.integers(0, 20)),
+                    n=int(rng.integers(1, 3)), temperature=float(rng.choice([0.0, 1.0])),
+                    max_tokens=int(rng.integers(0, 20)),
                     logprobs=[None, 2][rng.integers(2)], prompt_logprobs=[None, None, 1][rng.integers(3)],
                     presence_penalty=float(rng.choice([0.0, 1.0])), logit_bias={5: 1.0} if rng.integers(2) else {},
                     structured_output=StructuredOutput(regex="[a-z ]+") if rng.integers(8) == 0 else None)
