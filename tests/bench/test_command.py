@@ -107,6 +107,15 @@ def test_connections_are_kept(server: FakeServer) -> None:
     assert len(peers) == 2
 
 
+@pytest.mark.parametrize("load", [["--request-rate", "inf"], ["--concurrency", "24"]])
+def test_so_many_connections_as_it_takes_and_no_proxy(load: list[str], monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    with running("together") as server:
+        bench("online", "--base-url", server.url, *load, "--num-prompts", "24", "--output-len", "2", "--warmup", "0")
+    assert "24 of 24 requests" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("behaviour", "kind", "message"), [
     ("busy", "HTTP 429", "the queue is full"),
     ("drops", "connection lost", "RemoteProtocolError"),
