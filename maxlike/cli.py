@@ -18,7 +18,13 @@ import maxlike
 from maxlike.bench.command import add_command as add_bench_command
 from maxlike.engine.config import EngineConfig
 from maxlike.engine.engine import check_prompt
-from maxlike.engine.flags import add_cache_dtype_flag, add_load_flags, devices_present, mesh_of_size
+from maxlike.engine.flags import (
+    add_cache_dtype_flag,
+    add_compilation_cache_flag,
+    add_load_flags,
+    devices_present,
+    mesh_of_size,
+)
 from maxlike.engine.loading import has_tokenizer, load_engine
 from maxlike.engine.sampling_params import SamplingParams
 from maxlike.kernels.paged_attention import choose_implementation, implementation_named
@@ -30,6 +36,8 @@ from maxlike.serve.command import add_command as add_serve_command
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded"
 """A small model of Python source, for a first try without a network."""
+PROGRAMS = "~/.cache/maxlike/programs"
+"""Where compiled programs are kept."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,6 +48,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: the command's, or 2 for bad input, told in one line on stderr."""
     args = _parser().parse_args(argv)
+    if hasattr(args, "compilation_cache"):
+        _keep_programs(args.compilation_cache)
     try:
         code = args.run(args)
         sys.stdout.flush()  # at exit it would be too late to find that nobody reads
@@ -53,6 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return code or 0
+
+
+def _keep_programs(folder: str | None) -> None:
+    """Has JAX keep what it compiles, in `folder`, for the next start; here, since it concerns the whole process."""
+    if folder == "none":
+        jax.config.update("jax_compilation_cache_dir", None)
+    elif folder is not None or jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder or PROGRAMS))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # all programs, the quick ones too
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
                           "given several times")
     generate.add_argument("--seed", type=int, default=0, help="of the draws")
     add_cache_dtype_flag(generate)
+    add_compilation_cache_flag(generate)
     generate.add_argument("--json", action="store_true", help="print one JSON object instead of text and figures")
     generate.set_defaults(run=_generate)
 

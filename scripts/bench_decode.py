@@ -1,16 +1,19 @@
-"""Decode and prefill speed of a model shape, next to `transformers`: `python scripts/bench_decode.py [--json]`.
+"""Decode and prefill speed of a model shape, next to `transformers` and llama.cpp, where they are installed (the latter
+as `llama-cpp-python` and `gguf`): `python scripts/bench_decode.py [--json]`.
 
 Weights are random. Each engine runs in a process of its own, so that neither's memory or threads are in the
 other's way, and they take turns round by round, so that a change in the machine's pace meets both: a ratio is the
 median over rounds, of two figures measured one right after the other. Each round begins with the memory's
 bandwidth, of which a decode step's share is given: it has to read every weight and the cache once.
 
-`transformers` runs in eager mode (no `torch.compile`), with its KV cache, on as many threads as there are cores.
+`transformers` runs in eager mode (no `torch.compile`), with its KV cache. llama.cpp has a cache in float16, and weights
+in bfloat16 and again in float16 beside our bfloat16, in float32 beside our float32. Threads are as many as cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import inspect
 import json
@@ -25,6 +28,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from bench_llama_cpp import LlamaCpp
+from bench_llama_cpp import is_installed as llama_cpp_is_installed
+from bench_timing import WARM_UP_STEPS, Timing, timed
 
 _LLAMA_3: dict[str, Any] = dict(
     model_type="llama", vocab_size=128256, num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-5,
@@ -45,7 +51,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Shapes by name, as fields of a Hugging Face `config.json`."""
 
-WARM_UP_STEPS = 2  # of each round of decoding; not timed
 BANDWIDTH_BYTES = 1 << 30
 BANDWIDTH_READS = 3  # a round
 
@@ -217,16 +222,13 @@ class Transformers:
         return timing
 
 
-ENGINES: dict[str, Callable[[Mapping[str, Any]], Any]] = {"maxlike": Maxlike, "transformers": Transformers}
-Timing = tuple[float, float]
-"""Seconds by the clock, and seconds of processor time over all threads."""
-
-
-def timed(run: Callable[[], Any]) -> Timing:
-    """How long `run()` takes."""
-    start, cpu = time.perf_counter(), time.process_time()
-    run()
-    return time.perf_counter() - start, time.process_time() - cpu
+ENGINES: dict[str, Callable[[Mapping[str, Any]], Any]] = {"maxlike": Maxlike, "transformers": Transformers} | {
+    f"llama.cpp {weights}": functools.partial(LlamaCpp, weight_type=weights) for weights in ("BF16", "F16", "F32")}
+PEERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "transformers": {"bfloat16": ("transformers",), "float32": ("transformers",)},
+    "llama.cpp": {"bfloat16": ("llama.cpp BF16", "llama.cpp F16"), "float32": ("llama.cpp F32",)},
+}
+"""What `--compare` may name, and the engines that it means beside a dtype of ours."""
 
 
 def _named(model: Any) -> list[tuple[list[str], Any]]:
@@ -292,15 +294,18 @@ class Worker:
         self.process.communicate()
 
 
-def measure(task: Mapping[str, Any], compare: str, rounds: int) -> dict[str, Any]:
+def measure(task: Mapping[str, Any], peers: Sequence[str], rounds: int, *, asked_for: bool) -> dict[str, Any]:
     """All figures of one dtype.
 
     Args:
         task: what workers are told; see `main`.
-        compare: `"transformers"`, `"none"`, or `"where it fits"`: if maxlike runs on the CPU too.
+        peers: of `PEERS`.
+        rounds: how many are timed.
+        asked_for: whether the peers were; others are left out where maxlike runs on an accelerator
+            and not beside them, or where they refuse the task.
 
     Raises:
-        ValueError: an engine refuses the task, or `transformers` would be compared with an accelerator.
+        ValueError: maxlike refuses the task, or a peer does that was asked for or cannot be had beside maxlike.
         ChildProcessError: an engine failed.
     """
     def note(what: str) -> None:
@@ -312,12 +317,17 @@ def measure(task: Mapping[str, Any], compare: str, rounds: int) -> dict[str, Any
         note("maxlike is getting ready")
         workers["maxlike"] = Worker("maxlike", task)
         platform = workers["maxlike"].about["platform"]
-        if compare == "transformers" and platform != "cpu":
-            raise ValueError(f"--compare transformers measures the CPU, but maxlike runs on {platform} here. Set "
+        if peers and asked_for and platform != "cpu":
+            raise ValueError(f"--compare {','.join(peers)} measures the CPU, but maxlike runs on {platform} here. Set "
                              "JAX_PLATFORMS=cpu to have both there.")
-        if compare == "transformers" or (compare == "where it fits" and platform == "cpu"):
-            note("transformers is getting ready")
-            workers["transformers"] = Worker("transformers", task)
+        for engine in (engine for peer in peers if platform == "cpu" for engine in PEERS[peer][task["dtype"]]):
+            note(f"{engine} is getting ready")
+            try:
+                workers[engine] = Worker(engine, task)
+            except ValueError as error:
+                if asked_for:
+                    raise
+                note(f"{engine} is left out: {error}")
         bandwidths: list[float] = []
         timings: dict[str, dict[str, list[Timing]]] = {case: {engine: [] for engine in workers} for case in cases}
         for r in range(-1, rounds):  # the first is a warm-up
@@ -354,10 +364,10 @@ def measure(task: Mapping[str, Any], compare: str, rounds: int) -> dict[str, Any
                 result[engine] |= {
                     "step_ms": statistics.median(seconds) / task["steps"] * 1e3, "step_bytes": round(step_bytes),
                     "bandwidth_share": step_bytes * task["steps"] / statistics.median(seconds) / bandwidth}
-        if "transformers" in workers:
-            pairs = zip(timings[case]["maxlike"], timings[case]["transformers"], strict=True)
-            result["ratio_rounds"] = [theirs / ours for (ours, _), (theirs, _) in pairs]
-            result["ratio"] = statistics.median(result["ratio_rounds"])
+            if engine != "maxlike":
+                both = zip(timings[case]["maxlike"], pairs, strict=True)
+                ratios = [theirs / ours for (ours, _), (theirs, _) in both]
+                result[engine] |= {"ratio": statistics.median(ratios), "ratio_rounds": ratios}
         results.append(result)
     return {"dtype": task["dtype"], "bandwidth_gb_s": bandwidth / 1e9,
             "bandwidth_gb_s_rounds": [b / 1e9 for b in bandwidths],
@@ -371,16 +381,17 @@ def print_table(report: Mapping[str, Any], run: Mapping[str, Any]) -> None:
           f"{run['bandwidth_gb_s']:.1f} GB/s of bandwidth, {report['threads']} cores, {report['tp']} of "
           f"{about['device']} ({about['platform']})")
     for name, engine in run["engines"].items():
-        print(f"{name:<14}{engine['version']}")
-    print(f"{'tok/s':<24}" + "".join(f"{name:>14} of bandwidth" for name in run["engines"]) + f"{'ratio':>10}")
+        print(f"{name:<16}{engine['version']}")
+    print(f"{'':<40}{'tok/s':>10}{'of bandwidth':>14}{'maxlike to it':>16}")
     for result in run["results"]:
         line = (f"prefill, {report['prompt_tokens']} tokens" if result["phase"] == "prefill"
                 else f"decode, batch {result['batch']}")
-        line = f"{line:<24}"
         for name in run["engines"]:
-            share = f"{result[name]['bandwidth_share']:.0%}" if "bandwidth_share" in result[name] else ""
-            line += f"{result[name]['tok_s']:>14.2f} {share:>12}"
-        print(line + (f"{result['ratio']:>10.3f}" if "ratio" in result else ""))
+            figures = result[name]
+            share = f"{figures['bandwidth_share']:.0%}" if "bandwidth_share" in figures else ""
+            ratio = f"{figures['ratio']:.3f}" if "ratio" in figures else ""
+            print(f"{line:<24}{name:<16}{figures['tok_s']:>10.2f}{share:>14}{ratio:>16}".rstrip())
+            line = ""
     print(flush=True)
 
 
@@ -405,6 +416,14 @@ def _dtypes(text: str) -> list[str]:
     return text.split(",")
 
 
+def _peers(text: str) -> list[str]:
+    if text == "none":
+        return []
+    if unknown := [part for part in text.split(",") if part not in PEERS]:
+        raise argparse.ArgumentTypeError(f"expected {', '.join(PEERS)}, both with a comma, or none; got {unknown[0]!r}")
+    return text.split(",")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(description="Decode and prefill speed of a model shape, with random weights.")
     shape = parser.add_mutually_exclusive_group()
@@ -422,8 +441,8 @@ def _parser() -> argparse.ArgumentParser:
                         "virtual devices are made; default 1")
     parser.add_argument("--use-subgraphs", action=argparse.BooleanOptionalAction, default=None,
                         help="scan layers or call each; default: as the model builder chooses")
-    parser.add_argument("--compare", choices=["transformers", "none"], help="default: transformers, where it and "
-                        "torch are installed and maxlike runs on the CPU too")
+    parser.add_argument("--compare", type=_peers, metavar="PEERS", help="transformers, llama.cpp, both with a "
+                        "comma, or none; default: those installed that take the shape, if maxlike runs on the CPU")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
     return parser
@@ -445,10 +464,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             shape, config = str(args.config), json.loads(args.config.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             parser.error(f"--config {args.config} cannot be read: {error}")
-    installed = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
-    if args.compare == "transformers" and not installed:
-        parser.error("--compare transformers needs torch and transformers, which are not both installed here")
-    compare = args.compare or ("where it fits" if installed else "none")
+    missing = {}
+    if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        missing["transformers"] = "needs torch and transformers, which are not both installed here"
+    if not llama_cpp_is_installed():
+        missing["llama.cpp"] = "needs llama-cpp-python and gguf, which are not both installed here"
+    if args.compare is None:
+        peers = [peer for peer in PEERS if peer not in missing]
+    else:
+        peers = args.compare
+        for peer in missing.keys() & set(peers):
+            parser.error(f"--compare {peer} {missing[peer]}")
 
     task = {"config": config, "batch": args.batch, "prompt_tokens": args.prompt_tokens, "context": args.context,
             "steps": args.steps, "tp": args.tp, "use_subgraphs": args.use_subgraphs,
@@ -456,7 +482,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = {"shape": shape, **{name: value for name, value in task.items() if name != "config"}, "runs": []}
     try:
         for dtype in args.dtype:
-            report["runs"].append(measure(task | {"dtype": dtype}, compare, args.rounds))
+            report["runs"].append(measure(task | {"dtype": dtype}, peers, args.rounds,
+                                          asked_for=args.compare is not None))
             if not args.json:
                 print_table(report, report["runs"][-1])
     except ValueError as error:

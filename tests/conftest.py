@@ -36,6 +36,16 @@ def devices() -> list[jax.Device]:
     return found
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _programs_of_the_command_line_are_kept_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """In this process by the constant, in its children by the environment."""
+    folder = str(tmp_path_factory.mktemp("programs"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("maxlike.cli.PROGRAMS", folder)
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _programs_end_with_their_module() -> Iterator[None]:
     # XLA:CPU maps every program into memory several times. The whole suite's come to more mappings than Linux allows a

@@ -24,6 +24,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import maxlike.cli
+from maxlike.engine.engine import Engine
 from maxlike.kernels.paged_attention import Xla
 from tests.compilation_cache import compiling_once
 from tests.models.checkpoints import config_of, tensors_of, write
@@ -151,17 +152,16 @@ def test_text_and_a_line_of_figures(run: Run, folder: Path) -> None:
 def test_text_streams(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each token's text is there before the next is asked for."""
     out, lengths = io.StringIO(), []
-    real = maxlike.cli.generate
+    real = Engine.step
 
-    def watched(*args: Any, **options: Any) -> Iterator[int]:
-        for token in real(*args, **options):
-            lengths.append(len(out.getvalue()))
-            yield token
+    def watched(engine: Engine) -> Any:
+        lengths.append(len(out.getvalue()))
+        return real(engine)
 
-    monkeypatch.setattr(maxlike.cli, "generate", watched)
+    monkeypatch.setattr(Engine, "step", watched)
     monkeypatch.setattr(sys, "stdout", out)
     assert maxlike.cli.main([str(arg) for arg in generate(folder, "--prompt", PROMPT)]) == 0
-    assert len(lengths) == 20 and len(set(lengths)) > 8
+    assert len(lengths) == 21 and len(set(lengths)) > 8  # the first step is not looked at before the second is sent
 
 
 def test_prompts_from_everywhere(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,25 +174,7 @@ def test_prompts_from_everywhere(run: Run, folder: Path, tmp_path: Path, monkeyp
         assert [found[key] for key in KEYS[:3]] == [expected[key] for key in KEYS[:3]], source
 
 
-@dataclass
-class Stub:
-    """Stands in for `maxlike.cli.generate`, which takes seconds to compile: yields two tokens and keeps what it got."""
-
-    model: Any = None
-
-    def __call__(self, model: Any, *_: Any, figures: Any, **__: Any) -> Iterator[int]:
-        self.model = model
-        yield from (5, 6)
-
-
-@pytest.fixture
-def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
-    stub = Stub()
-    monkeypatch.setattr(maxlike.cli, "generate", stub)
-    return stub
-
-
-def test_chat(run: Run, folder: Path, copy: Path, tokenizer: tokenizers.Tokenizer, stub: Stub) -> None:
+def test_chat(run: Run, folder: Path, copy: Path, tokenizer: tokenizers.Tokenizer) -> None:
     found = run(*generate(folder, "--prompt", "größe(n)", "--chat", "--json")).json
     expected = tokenizer.encode("<s><|user|>größe(n)</s><|assistant|>", add_special_tokens=False).ids
     assert found["prompt_token_ids"] == expected and expected[:2] == [0, 2]
@@ -200,10 +182,14 @@ def test_chat(run: Run, folder: Path, copy: Path, tokenizer: tokenizers.Tokenize
     run(*generate(copy, "--prompt", "n", "--chat")).assert_refused("chat template", str(copy))
 
 
-def test_dtype(run: Run, folder: Path, stub: Stub) -> None:
+def test_dtype(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines: list[Engine] = []
+    real = maxlike.cli.load_engine
+    monkeypatch.setattr(maxlike.cli, "load_engine", lambda *args, **options: engines.append(real(*args, **options))
+                        or engines[-1])
     for dtype in ("bfloat16", "float32"):
         assert run(*generate(folder, "--prompt-ids", "5", "--dtype", dtype)).code == 0
-        assert {str(leaf.dtype) for leaf in jax.tree.leaves(stub.model)} == {dtype}
+        assert {str(leaf.dtype) for leaf in jax.tree.leaves(engines[-1].model)} == {dtype}
 
 
 def test_greedy_tokens_are_those_of_transformers(run: Run, folder: Path, copy: Path) -> None:
@@ -372,7 +358,7 @@ def test_flags_that_make_no_sense(flags: list[str], says: list[str], run: Run, f
 
 
 def test_prompts_that_are_none(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maxlike.cli.load_model", None)  # they are refused before the weights are read
+    monkeypatch.setattr("maxlike.cli.load_engine", None)  # they are refused before the weights are read
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     for ids in (str(vocabulary), "-1", f"5,{vocabulary}"):
         run(*generate(folder, f"--prompt-ids={ids}")).assert_refused(
@@ -423,11 +409,10 @@ def test_tensors_that_are_wrong_all_in_one_line(run: Run, copy: Path) -> None:
 
 
 def test_being_interrupted(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any, **__: Any) -> Iterator[int]:
-        yield 5
+    def interrupted(engine: Engine) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(maxlike.cli, "generate", interrupted)
+    monkeypatch.setattr(Engine, "step", interrupted)
     stopped = run(*generate(folder, "--prompt", PROMPT))
     assert stopped.code == 130 and "Traceback" not in stopped.err
 

@@ -193,7 +193,7 @@ def test_wheel_holds_the_embedded_model(tmp_path: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
     expected = {
         str(file.relative_to(ROOT))
-        for suffix in ("py", "json", "safetensors", "jinja", "typed")
+        for suffix in ("py", "html", "json", "safetensors", "jinja", "typed")
         for file in PACKAGE.rglob(f"*.{suffix}")
     }
     assert any(name.endswith(".safetensors") for name in expected), "there is no embedded model"

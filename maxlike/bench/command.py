@@ -159,8 +159,8 @@ def _add_offline_flags(parser: argparse.ArgumentParser, embedded_model: str) -> 
     _add_workload_flags(requests)
     requests.add_argument("--rounds", type=int, default=1, metavar="N", help="measure so many times, with new prompts, "
                           "and report the medians; default 1")
-    requests.add_argument("--warmup", type=int, default=1, metavar="N", help="requests beforehand that do not count; "
-                          "default 1")
+    requests.add_argument("--warmup", type=int, default=8, metavar="N", help="requests beforehand that do not count; "
+                          "default 8")
     report = parser.add_argument_group("report")
     report.add_argument("--json", metavar="FILE", help="write all figures as JSON; -: to stdout, the table to stderr")
 

@@ -7,8 +7,10 @@ import os
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
+
+from flax import nnx
 
 from maxlike.engine.config import EngineConfig
 from maxlike.engine.engine import Engine
@@ -20,6 +22,7 @@ from maxlike.engine.request import Request
 from maxlike.engine.sampling_params import SamplingParams
 from maxlike.models.config import TransformerConfig
 from maxlike.models.tokenizer import Tokenizer
+from maxlike.nn.transformer.distributed_transformer import DistributedTransformer
 
 
 class QueueFullError(Exception):
@@ -123,6 +126,11 @@ class AsyncEngine:
         """Programs compiled so far."""
         return self._engine.runner.n_compiled
 
+    @property
+    def compile_s(self) -> float:
+        """Seconds that compiling them took at the start."""
+        return self._engine.runner.compile_s
+
     def start(self) -> None:
         """Starts the thread."""
         assert self._thread is None, "started already"
@@ -170,6 +178,30 @@ class AsyncEngine:
                 self._post(lambda: self._engine.cancel(request_id))
         assert stream.embedding is not None
         return EmbeddingOutput(request_id, list(prompt), stream.embedding)
+
+    async def update_weights(self, params: DistributedTransformer | nnx.State | Mapping[str, Any]) -> None:
+        """Goes on with other weights, between two steps; see `Engine.update_weights`.
+
+        Raises:
+            ValueError: the weights are not this model's.
+            EngineDeadError: the engine does not run.
+        """
+        if self._thread is None or self.error is not None or self._closing:
+            raise EngineDeadError(f"The engine takes no weights: {self._why_not()}.")
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+        refused: list[ValueError] = []
+
+        def update() -> None:
+            try:
+                self._engine.update_weights(params)
+            except ValueError as error:
+                refused.append(error)
+            loop.call_soon_threadsafe(done.set)
+
+        self._post(update)
+        await done.wait()
+        if refused:
+            raise refused[0]
 
     async def drain(self, timeout: float | None = None) -> bool:
         """Takes no more requests, and waits until those there are have ended, `timeout` seconds at most.

@@ -88,8 +88,8 @@ class EngineConfig:
         seqs = self.max_num_seqs or (_CPU_SEQS if cpu else _ACCELERATOR_SEQS)
         tokens = self.max_num_batched_tokens or max(seqs, _CPU_TOKENS if cpu else _ACCELERATOR_TOKENS)
         if tokens < seqs:
-            raise ValueError(f"max_num_batched_tokens={tokens} is less than max_num_seqs={seqs}: a step needs room for a "
-                             "token of each sequence.")
+            raise ValueError(f"max_num_batched_tokens={tokens} is less than max_num_seqs={seqs}: a step needs room for "
+                             "a token of each sequence.")
         page_size, length = self.page_size or _PAGE_SIZE, self.max_model_len or longest
         if self.page_size is None and platform == "tpu":
             while page_size < _LARGEST_PAGE and seqs * -(-length // page_size) > _TABLE_ON_TPU:

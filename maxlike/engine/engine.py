@@ -381,8 +381,8 @@ class Engine:
             return True
         if request.grammar is not None:
             request.grammar.accept(token)
-            if request.grammar.is_finished:
-                self._finish(request, "stop")
+            if request.grammar.is_finished:  # or has become too large to follow
+                self._finish(request, "stop" if request.grammar.error is None else "abort", request.grammar.error)
                 return True
         return False
 

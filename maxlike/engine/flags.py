@@ -35,10 +35,17 @@ def add_cache_dtype_flag(parser: argparse.ArgumentParser | argparse._ArgumentGro
                         "float8_e4m3fn takes them where they are")
 
 
+def add_compilation_cache_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Adds `--compilation-cache`, which the command line heeds: it belongs to the process."""
+    parser.add_argument("--compilation-cache", metavar="FOLDER", help="keep compiled programs there for the next "
+                        "start; none: do not; default: JAX's own setting, else ~/.cache/maxlike/programs")
+
+
 def add_engine_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Adds all flags that `engine_options` reads: those above, and those of an engine's size."""
     add_load_flags(parser)
     add_cache_dtype_flag(parser)
+    add_compilation_cache_flag(parser)
     parser.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences that run at once; default 64 on CPU, "
                         "256 elsewhere")
     parser.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="tokens of a step; default 512 on CPU, "

@@ -27,7 +27,8 @@ class CompletionOutput:
         logprobs: for each token the logprobs by token id, the token's own first, then the likeliest; `None` when not
             asked for.
         finish_reason: `None` while it goes on.
-        stop_reason: the text or token id of the request that ended it; `None` for the model's own end.
+        stop_reason: the text or token id of the request that ended it; `None` for the model's own end. Of an abort, why
+            the grammar could not be followed any further.
     """
 
     index: int

@@ -197,8 +197,7 @@ def _sample(logits: jax.Array, rows: Rows, state: SlotState, mask: jax.Array) ->
         x = lax.cond(penalised.any(), lambda: _penalise(x, rows, state, penalised), lambda: x)
         return lax.cond(edited.any(), lambda: _edit(x, rows, state, edited), lambda: x)
 
-    # Twice the same, so that nothing is copied where nothing is adjusted.
-    tokens = lax.cond((masked | penalised | edited).any(), lambda: _pick(adjusted(), rows), lambda: _pick(logits, rows))
+    tokens = _pick(lax.cond((masked | penalised | edited).any(), adjusted, lambda: logits), rows)
     unasked = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(score, logits, tokens))
     return lax.cond((rows.live & rows.logprobs).any(), lambda: score(logits, tokens),
                     lambda: unasked._replace(tokens=tokens))
@@ -275,9 +274,13 @@ def _top_k(ordered: jax.Array, k: jax.Array) -> jax.Array:
     """The k highest of each row, of equals the first: `int32[R, V]`, `int32[R]`, `1 <= k <= V` -> `bool[R, V]`."""
     cut, above = _cut(ordered, k, weighted=False)
     equal, wanted = ordered == cut[:, None], k - above
-    equal = lax.cond((jnp.sum(equal, axis=-1) > wanted).any(),
-                     lambda: equal & (jnp.cumsum(equal, axis=-1) <= wanted[:, None]), lambda: equal)
-    return (ordered > cut[:, None]) | equal
+
+    def first() -> jax.Array:
+        early = jnp.where(equal, jnp.arange(equal.shape[1], 0, -1, dtype=jnp.int32), 0)
+        return equal & (early >= _cut(early, wanted, weighted=False)[0][:, None])
+
+    surplus = jnp.sum(equal, axis=-1) > wanted
+    return (ordered > cut[:, None]) | lax.cond(surplus.any(), first, lambda: equal)
 
 
 def _top_p(weights: jax.Array, ordered: jax.Array, p: jax.Array) -> jax.Array:

@@ -79,9 +79,10 @@ def _serve(args: argparse.Namespace) -> int:
         start = time.perf_counter()
         engine = AsyncEngine.from_model(args.model, replace(engine_config, warm_up=True), max_queue=args.max_queue,
                                         chat_template=template, **options)
-        print(f"maxlike: {engine.n_compiled} programs and {engine.metrics.pages_total} pages of "
-              f"{engine.config.page_size} tokens are ready after {time.perf_counter() - start:.1f} s; sequences have "
-              f"up to {engine.max_model_len} tokens", file=sys.stderr)
+        print(f"maxlike: {engine.n_compiled} programs (compiled in {engine.compile_s:.1f} s) and "
+              f"{engine.metrics.pages_total} pages of {engine.config.page_size} tokens are ready after "
+              f"{time.perf_counter() - start:.1f} s; sequences have up to {engine.max_model_len} tokens",
+              file=sys.stderr)
         source = engine.tokenizer.chat_template if engine.tokenizer is not None else None
         tool_format = args.tool_format or (None if source is None else detect(source))
         engine.start()

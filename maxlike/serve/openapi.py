@@ -72,7 +72,8 @@ def describe(endpoints: Sequence[Endpoint], version: str, *, with_key: bool) -> 
             reply = {"schema": refs[endpoint.reply, "serialization"]}
         content = {endpoint.media_type: reply}
         if endpoint.streams:
-            content["text/event-stream"] = {"schema": {"description": "Each event has JSON, the last [DONE]."}}
+            description = "Each event's data is JSON, the last one [DONE]."
+            content["text/event-stream"] = {"schema": {"description": description}}
         responses: dict[str, Any] = {"200": {"description": "As asked for.", "content": content}}
         if endpoint.not_ready:
             responses["503"] = {"description": "No.", "content": content}

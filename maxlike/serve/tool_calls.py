@@ -1,6 +1,11 @@
-"""What models write when they call tools, as OpenAI's `tool_calls`; and grammars that make them call one.
+"""Tool calls as models write them: found in a text while it comes, and forced by a grammar.
 
-Models are trained to one of a few forms, which their chat templates show them.
+There is no common form. These are known, by the name of whose models write them:
+
+- `hermes` (NousResearch's Hermes, Qwen 2.5 and 3): `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, several
+  after one another.
+- `llama` (Llama 3.1 to 3.3): `{"name": ..., "parameters": {...}}` and nothing before it, or after `<|python_tag|>`.
+- `mistral` (Mistral's up to version 7 of its tokenizers): `[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]`.
 """
 
 from __future__ import annotations
@@ -12,284 +17,296 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from maxlike.engine.grammar import as_held
 from maxlike.engine.sampling_params import StructuredOutput
 
 
 @dataclass(frozen=True)
 class _Form:
-    """How calls are written: JSON objects with a name and arguments.
+    """How calls are written.
 
-    Args:
-        opening, closing: what stands around a call; the closing may be missing.
-        bare: the character with which calls may begin without the opening, where no text has been before.
-        between: what may stand between calls that have no opening.
-        arguments: the key.
-        before, joint, after: what stands before, between and after the calls of a forced answer.
-        id_prefix, id_length: of a call's id, with so many letters and digits. Mistral's templates want nine, no more.
+    `opening` and `closing` stand around the JSON, which begins with `first`. With `bare` it may also begin the answer,
+    without `opening`; with `chained`, follow another call. A grammar has them as `begin before CALL after between
+    before CALL after end`; without `between`, only one.
     """
 
     opening: str
+    first: str
+    arguments: str
     closing: str = ""
-    bare: str = ""
-    between: str = ""
-    arguments: str = "arguments"
+    bare: bool = False
+    chained: bool = False
+    begin: str = ""
     before: str = ""
-    joint: str = ""
     after: str = ""
-    id_prefix: str = "call_"
-    id_length: int = 24
+    between: str = ""
+    end: str = ""
 
 
+# Where a special token opens the calls, grammars leave it out: they are made of text, as which it would be spelt.
 _FORMS = {
-    # <tool_call>{"name": ..., "arguments": {...}}</tool_call>, NousResearch's Hermes 2 Pro, Qwen 2.5, Qwen 3
-    "hermes": _Form("<tool_call>", "</tool_call>", before="<tool_call>\n", joint="\n</tool_call>\n<tool_call>\n",
-                    after="\n</tool_call>"),
-    # {"name": ..., "parameters": {...}}, Llama 3.1 to 3.3; several with semicolons between
-    "llama": _Form("<|python_tag|>", bare="{", between=";", arguments="parameters", joint="; "),
-    # [TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...], Mistral up to version 7 of its tokenizer. The opening is a
-    # special token, which is missing where special tokens are left out, and which a forced answer does without.
-    "mistral": _Form("[TOOL_CALLS]", bare="[", before="[", joint=", ", after="]", id_prefix="", id_length=9),
+    "hermes": _Form("<tool_call>", "{", "arguments", closing="</tool_call>", before="<tool_call>\n",
+                    after="\n</tool_call>", between="\n"),
+    "llama": _Form("<|python_tag|>", "{", "parameters", bare=True, chained=True),
+    "mistral": _Form("[TOOL_CALLS]", "[", "arguments", bare=True, begin="[", between=", ", end="]"),
 }
 KINDS = tuple(_FORMS)
-"""Names of the forms."""
+"""The forms' names."""
+
+_SPACE = re.compile(r"\s*")
+_CHAIN = re.compile(r"\s*;?\s*")
+_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+_KEYS = {"name", "arguments", "parameters", "type", "id"}
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_LIKE_TRAINING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-def detect(chat_template: str) -> str | None:
-    """The form of calls that a chat template shows to its model; `None` where it is none of `KINDS`."""
-    if "<tool_call>" in chat_template:
-        # Qwen3-Coder and GLM have the same opening, but no JSON in it.
-        return None if "<function=" in chat_template or "<arg_key>" in chat_template else "hermes"
-    if "[TOOL_CALLS]" in chat_template:
-        return None if "[ARGS]" in chat_template else "mistral"
-    if re.search(r'\{"name": .{0,120}?"parameters": ', chat_template, re.DOTALL):
-        return "llama"
-    return None
+def detect(chat_template: str | None) -> str | None:
+    """The form that a chat template teaches, one of `KINDS`; `None` where it teaches none of them."""
+    template = chat_template or ""
+    if "<tool_call>" in template:  # others put XML in it: Qwen3-Coder, GLM 4.5
+        return None if "<function=" in template or "<arg_key>" in template else "hermes"
+    if "[TOOL_CALLS]" in template:  # from version 11 on a name and [ARGS] follow it
+        return None if "[ARGS]" in template else "mistral"
+    return "llama" if '{"name": function name, "parameters":' in template else None
 
 
-def schema_for(kind: str, tools: Sequence[Mapping[str, Any]], choice: str, several: bool = True) -> StructuredOutput:
-    """What an answer looks like that calls a tool and does nothing else.
+def schema_for(kind: str, tools: Sequence[Mapping[str, Any]], choice: str) -> StructuredOutput:
+    """What an answer looks like that is made of calls: for `StructuredOutput.grammar`, in the form `kind`.
 
     Args:
         kind: one of `KINDS`.
-        tools: in OpenAI's form, `{"type": "function", "function": {"name": ..., "parameters": schema}}`.
-        choice: "required": any of them, once or (if `several`) more often; or the name of the one to be called, once.
+        tools: as OpenAI has them, `{"type": "function", "function": {"name": ..., "parameters": JSON schema}}`. A
+            function without `parameters` takes no arguments.
+        choice: `"required"` for one or more calls of any of them (one, where the form has no more), or the name of one
+            for one call of it.
 
     Raises:
-        ValueError: `choice` names none of them, or a schema is not one of an object.
+        ValueError: no such form or function, or a function's parameters are no schema of an object. What llguidance
+            cannot keep of a schema is found when the grammar is compiled.
     """
     form = _form(kind)
     functions = [tool["function"] for tool in tools]
+    names = [function["name"] for function in functions]
     if choice != "required":
-        functions, several = [function for function in functions if function["name"] == choice], False
+        functions = [function for function in functions if function["name"] == choice][:1]
     if not functions:
-        names = ", ".join(tool["function"]["name"] for tool in tools)
-        raise ValueError(f"No tool is named {choice!r}; there are: {names or 'none'}.")
-    rules = [f"call: {' | '.join(f'call{i}' for i in range(len(functions)))}"]
+        raise ValueError(f"tool_choice is {choice!r}; it must be 'required' or the name of a tool, of which there are: "
+                         f"{', '.join(names) or 'none'}.")
+    call = " | ".join(f"call_{i}" for i in range(len(functions)))
+    calls = f"call ({json.dumps(form.between)} call)*" if form.between and choice == "required" else "call"
+    lines = [f"start: {json.dumps(form.begin)} {calls} {json.dumps(form.end)}", f"call: {call}"]
     for i, function in enumerate(functions):
-        head = f'{{"name": {json.dumps(function["name"])}, "{form.arguments}": '
-        rules.append(f"call{i}: {_quoted(head)} arguments{i} {_quoted('}')}")
-        rules.append(f"arguments{i}: %json {json.dumps(_parameters(function))}")
-    more = f" ({_quoted(form.joint)} call)*" if several else ""
-    around = [_quoted(text) if text else "" for text in (form.before, form.after)]
-    return StructuredOutput(grammar="\n".join([f"start: {around[0]} call{more} {around[1]}", *rules]))
+        before = f'{form.before}{{"name": {json.dumps(function["name"])}, "{form.arguments}": '
+        # Each schema is a document of its own, so that its references find what they name.
+        lines += [f"call_{i}: {json.dumps(before)} arguments_{i} {json.dumps('}' + form.after)}",
+                  f"arguments_{i}: %json {json.dumps(_schema(function))}"]
+    return StructuredOutput(grammar="\n".join(lines) + "\n")
 
 
-def _parameters(function: Mapping[str, Any]) -> dict[str, Any]:
+def _schema(function: Mapping[str, Any]) -> dict[str, Any]:
     schema = function.get("parameters")
-    if schema is None:  # OpenAI: a function without parameters
-        return {"type": "object", "properties": {}, "additionalProperties": False}
-    if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
-        raise ValueError(f"The parameters of {function['name']} must be a JSON schema of type object; got "
-                         f"{schema!r:.100}.")
-    return as_held({**schema, "type": "object"})
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    if schema is None:
+        schema = {"properties": {}, "additionalProperties": False}
+    types = schema.get("type", "object") if isinstance(schema, Mapping) else None
+    if types != "object" and not (isinstance(types, list) and "object" in types):
+        raise ValueError(f"The parameters of function {function['name']!r} must be the JSON schema of an object; got "
+                         f"{schema!r:.80}.")
+    return {**schema, "type": "object", "x-guidance": _LIKE_TRAINING}
 
 
 def _form(kind: str) -> _Form:
     if kind not in _FORMS:
-        raise ValueError(f"Calls of tools are written in one of the forms {', '.join(KINDS)}; got {kind!r}.")
+        raise ValueError(f"There is no form of tool calls called {kind!r}; there are: {', '.join(KINDS)}.")
     return _FORMS[kind]
 
 
 class ToolCallParser:
-    """Finds the calls in a text that comes in pieces; however it is cut, the result is the same.
+    """Parts one answer, as it comes, into content and tool calls.
 
-    A call is given out when it is complete. What looked like one and is none, or breaks off, is content: nothing is
-    lost but whitespace beside calls.
+    However the text is cut into pieces, the same comes of it. Each call is given out when it is complete. What begins
+    like one and is none stays content, to the letter. White space before and after calls is left out, except between a
+    call and content that follows it.
 
     Args:
-        kind: one of `KINDS`.
+        kind: one of `KINDS`. Raises ValueError for another.
     """
 
     def __init__(self, kind: str):
-        self._form = _form(kind)
+        self._kind, self._form = kind, _form(kind)
+        self._text = ""  # not given out yet
+        self._json: _JsonEnd | None = None  # within a call
+        self._head = 0  # there: how much of the text comes before its JSON
+        self._marked = False  # there: whether that holds `opening`
+        self._may_be_bare = self._form.bare
+        self._after_call = False
         self._n_calls = 0
-        self._text = ""  # not decided yet
-        self._end: _JsonEnd | None = None  # in `_text`, of the value that should be a call; None outside of one
-        self._released = 0  # how much of `_text` is certainly content if it is none
-        self._is_bare = False  # whether it has no opening
-        self._may_close = False  # whether a call has just ended, so that its closing may follow
-        self._begins = True  # whether nothing but whitespace has been content since the start or the last call
 
     def push(self, text: str) -> tuple[str, list[dict[str, Any]]]:
-        """What the next piece of text makes certain.
+        """The next text: what is certain to be content now, and the calls that are complete now.
 
-        Returns:
-            New content, and new calls as OpenAI's deltas: `{"index": of the call, "id": ..., "type": "function",
-            "function": {"name": ..., "arguments": a JSON object, as text}}`.
+        A call is one delta in OpenAI's form: `{"index": 0, "id": ..., "type": "function", "function": {"name": ...,
+        "arguments": JSON text of an object}}`.
         """
-        if not (self._text or self._begins or self._form.opening[0] in text or text[-1:].isspace()):
-            return text, []  # most text, at little cost
         self._text += text
-        return self._decide(final=False)
+        return self._read(last=False)
 
     def flush(self) -> tuple[str, list[dict[str, Any]]]:
-        """As `push`, when no more text comes."""
-        return self._decide(final=True)
+        """The same at the end of the text, for what `push` had to hold back."""
+        return self._read(last=True)
 
-    def _decide(self, final: bool) -> tuple[str, list[dict[str, Any]]]:
+    def _read(self, last: bool) -> tuple[str, list[dict[str, Any]]]:
         content: list[str] = []
         calls: list[dict[str, Any]] = []
-        while self._end is not None or self._find(content, final):
-            assert self._end is not None
-            end = self._end.find(self._text)
-            if end is None and not final:
+        while self._text:
+            if not (self._read_content(content, last) if self._json is None else self._read_call(content, calls, last)):
                 break
-            found = _calls(self._text[self._end.start:end], needs_arguments=self._is_bare) if end else []
-            if found:
-                calls += [self._delta(name, arguments) for name, arguments in found]
-                self._text = self._text[end:]
-                self._begins, self._may_close = True, bool(self._form.closing)
-            else:
-                self._give(self._released, content)
-            self._end = None
         return "".join(content), calls
 
-    def _find(self, content: list[str], final: bool) -> bool:
-        """Gives out the text before the next place where a call may begin; False where none is in sight."""
-        form = self._form
-        if self._may_close:
-            rest = self._text.lstrip()
-            if not final and form.closing != rest and form.closing.startswith(rest):
+    def _read_content(self, content: list[str], last: bool) -> bool:
+        """Goes on to where a call may begin. False if that is not in the text."""
+        if self._may_be_bare:
+            before = (_CHAIN if self._after_call else _SPACE).match(self._text)
+            assert before is not None
+            if before.end() == len(self._text) and not last:
                 return False
-            if rest.startswith(form.closing):
-                self._text = rest.removeprefix(form.closing)
-            self._may_close = False
-        text, lead = self._text, 0
-        if self._begins:
-            lead = len(text) - len(text.lstrip())
-            if self._n_calls and form.between and text.startswith(form.between, lead):
-                rest = text[lead + len(form.between) :].lstrip()
-                if not final and form.opening != rest and form.opening.startswith(rest):
-                    return False
-                if rest.startswith((form.opening, form.bare)):
-                    lead = len(text) - len(rest)
-            is_opening = text.startswith(form.opening, lead) or (not final and form.opening.startswith(text[lead:]))
-            if form.bare and text.startswith(form.bare, lead) and not is_opening:
-                return self._try(0, lead, lead + 1, content)
-        at = text.find(form.opening)
+            if self._text.startswith(self._form.first, before.end()):
+                self._begin_call(before.end(), marked=False)
+                return True
+            self._may_be_bare = False
+        opening = self._form.opening
+        at = self._text.find(opening)
         if at >= 0:
-            value = at + len(form.opening)
-            return self._try(0 if at == lead else len(text[:at].rstrip()), value, value, content)
-        if final:
-            given = len(text)
-            if self._n_calls and self._begins and text.isspace():
-                self._text, given = "", 0
+            shown = len(self._text[:at].rstrip())
+            self._give(content, shown)
+            self._begin_call(at - shown + len(opening), marked=True)
+            return True
+        if not last:
+            held = next((n for n in range(len(opening) - 1, 0, -1) if self._text.endswith(opening[:n])), 0)
+            self._give(content, len(self._text[: len(self._text) - held].rstrip()))
+        elif self._after_call and self._text.isspace():
+            self._text = ""
         else:
-            begun = max(n for n in range(len(form.opening)) if text.endswith(form.opening[:n]))
-            given = len(text[: len(text) - begun].rstrip())
-        self._give(given, content)
+            self._give(content, len(self._text))
         return False
 
-    def _try(self, given: int, value: int, released: int, content: list[str]) -> bool:
-        """Looks for a call's value from `value` on; if it is none, all before `released` is content."""
-        self._is_bare = released > value
-        self._end, self._released = _JsonEnd(value - given), released - given
-        self._give(given, content)
+    def _read_call(self, content: list[str], calls: list[dict[str, Any]], last: bool) -> bool:
+        """Goes on to behind the call, or what was taken for one. False if its end is not in the text."""
+        assert self._json is not None
+        start = _skip_space(self._text, self._head)
+        if start == len(self._text):
+            return last and self._refuse(content)
+        if self._text[start] != self._form.first:
+            return self._refuse(content)
+        try:
+            end = self._json.find(self._text, start)
+        except ValueError:
+            return self._refuse(content)
+        if end is None:
+            return last and self._refuse(content)
+        behind = end
+        if closing := self._form.closing:
+            at = _skip_space(self._text, end)
+            found = self._text[at : at + len(closing)]
+            if not closing.startswith(found):
+                return self._refuse(content)
+            if found != closing and not last:
+                return False
+            behind = at + len(found)
+        if not (read := _calls(self._text[start:end], self._marked)):
+            return self._refuse(content)
+        for name, arguments in read:
+            calls.append({"index": self._n_calls, "id": self._new_id(), "type": "function",
+                          "function": {"name": name, "arguments": arguments}})
+            self._n_calls += 1
+        self._text, self._json, self._after_call = self._text[behind:], None, True
+        self._may_be_bare = self._form.chained
         return True
 
-    def _give(self, n: int, content: list[str]) -> None:
-        if n:
-            content.append(self._text[:n])
-            self._text = self._text[n:]
-            self._begins = False
+    def _begin_call(self, head: int, marked: bool) -> None:
+        self._head, self._marked, self._json = head, marked, _JsonEnd()
 
-    def _delta(self, name: str, arguments: str) -> dict[str, Any]:
-        index, self._n_calls = self._n_calls, self._n_calls + 1
-        id = self._form.id_prefix + secrets.token_hex(16)[: self._form.id_length]
-        return {"index": index, "id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+    def _refuse(self, content: list[str]) -> bool:
+        """It is no call. Another may begin within what was taken for it."""
+        self._json, self._may_be_bare = None, False
+        if self._marked:
+            self._give(content, self._head)
+        return True
+
+    def _give(self, content: list[str], length: int) -> None:
+        if length:
+            content.append(self._text[:length])
+            self._text, self._after_call = self._text[length:], False
+
+    def _new_id(self) -> str:
+        # Mistral's chat templates refuse ids of another length.
+        return secrets.token_hex(5)[:9] if self._kind == "mistral" else f"call_{secrets.token_hex(12)}"
 
 
 class _JsonEnd:
-    """Finds where a JSON object or array ends, in a text that grows."""
+    """Where an object or array of JSON ends, in a text that grows; looks at each character once.
 
-    _OTHERS = re.compile(r"[\s0-9:,truefalsn+\-.E]*")
-    _CHARACTERS = re.compile(r'[^"\\]*')
+    It counts brackets and no more: what lies between start and end may still be none.
+    """
 
-    def __init__(self, start: int):
-        self.start = start
-        """Where it begins, or the whitespace before it."""
-        self._at = start
-        self._depth = 0
-        self._in_text = False
+    _BETWEEN_STRINGS = re.compile(r"[ \t\r\n0-9+\-.:,aeflnrstuE]*")
+    _IN_STRING = re.compile(r'[^"\\]*')
 
-    def find(self, text: str) -> int | None:
-        """Where the value ends; 0 if it is certainly none, `None` where `text` ends before it."""
-        while True:
-            pattern = self._CHARACTERS if self._in_text else self._OTHERS
-            match = pattern.match(text, self._at)
-            assert match is not None
-            at = match.end()
-            if not self._depth and match[0].strip():
-                return 0
-            character = text[at : at + 1]
-            if not character or (character == "\\" and at + 1 == len(text)):
-                self._at = at
+    def __init__(self) -> None:
+        self._at = self._depth = 0
+        self._in_string = False
+        self._end: int | None = None
+
+    def find(self, text: str, start: int) -> int | None:
+        """The position behind it, `None` where it is not there yet. Raises ValueError for what no JSON has."""
+        self._at = max(self._at, start)
+        while self._end is None:
+            run = (self._IN_STRING if self._in_string else self._BETWEEN_STRINGS).match(text, self._at)
+            assert run is not None
+            self._at = run.end()
+            next = text[self._at : self._at + 1]
+            if not next or (next == "\\" and self._at + 1 == len(text)):
                 return None
-            self._at = at + 1
-            if self._in_text:
-                self._at += character == "\\"
-                self._in_text = character == "\\"
-            elif character in "{[":
+            if next == '"':
+                self._in_string = not self._in_string
+            elif self._in_string:  # a backslash, and what it escapes
+                self._at += 1
+            elif next in "{[":
                 self._depth += 1
-            elif character in "}]" and self._depth:
+            elif next in "}]":
                 self._depth -= 1
-                if not self._depth:
-                    return self._at
-            elif character == '"' and self._depth:
-                self._in_text = True
             else:
-                return 0
+                raise ValueError(f"{next!r} outside of a string is not JSON.")
+            self._at += 1
+            if self._depth == 0:
+                self._end = self._at
+        return self._end
 
 
-def _calls(text: str, needs_arguments: bool) -> list[tuple[str, str]]:
-    """The calls, by name and arguments, of a JSON object or of an array of some; none where it is otherwise."""
+def _skip_space(text: str, at: int) -> int:
+    space = _SPACE.match(text, at)
+    assert space is not None
+    return space.end()
+
+
+def _calls(text: str, marked: bool) -> list[tuple[str, str]] | None:
+    """Names and arguments of the calls in a JSON text; `None` if anything but calls is in it."""
     try:
-        value = json.loads(text, strict=False)
-        calls = [_call(entry, needs_arguments) for entry in (value if isinstance(value, list) else [value])]
+        value = json.loads(text, strict=False)  # models leave line ends in strings as they are
+        return [_call(item, marked) for item in (value if isinstance(value, list) else [value])]
     except (ValueError, RecursionError):
-        return []
-    return [call for call in calls if call is not None] if None not in calls else []
-
-
-def _call(entry: Any, needs_arguments: bool) -> tuple[str, str] | None:
-    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not entry["name"]:
         return None
-    arguments = entry.get("arguments", entry.get("parameters"))
-    if isinstance(arguments, str):  # models also write them as OpenAI has them
+
+
+def _call(item: Any, marked: bool) -> tuple[str, str]:
+    if not isinstance(item, dict) or not isinstance(item.get("name"), str) or not _NAME.fullmatch(item["name"]):
+        raise ValueError("A call is an object with the name of a function.")
+    if not marked and not item.keys() <= _KEYS:
+        raise ValueError("Without a mark, an object with other members is an answer in JSON.")
+    arguments = item.get("arguments", item.get("parameters", {} if marked else None))
+    if isinstance(arguments, str):
         arguments = json.loads(arguments, strict=False)
-    if arguments is None and not needs_arguments:
-        arguments = {}
     if not isinstance(arguments, dict):
-        return None
-    entry["name"].encode()  # half a surrogate pair is no name; raises a ValueError
+        raise ValueError("A call's arguments are an object.")
     written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    try:
-        written.encode()
-    except UnicodeEncodeError:
-        written = json.dumps(arguments)
-    return entry["name"], written
+    # Half a surrogate pair can be escaped in JSON, and not encoded in UTF-8.
+    return item["name"], _SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", written)

@@ -1,7 +1,7 @@
 """A small OpenAI-compatible server on a real socket. As a program it is a stand-in for `maxlike serve`.
 
 It answers by the prompt's number n, counted from 0, as its behaviour says: `steady`: at once; `busy`: every third
-request is turned away; `drops`: every third connection is closed in the middle.
+request is turned away; `drops`: every third connection is closed in the middle; `together`: once 24 requests are there.
 """
 
 import json
@@ -22,6 +22,7 @@ class FakeServer(ThreadingHTTPServer):
     def __init__(self, behaviour: str = "steady"):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.behaviour = behaviour
+        self.all_there = threading.Barrier(24)
         self.lock = threading.Lock()
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
@@ -55,6 +56,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.behaviour == "busy" and n % 3 == 1:
             self._json(429, {"error": {"message": "the queue is full", "type": "rate_limit"}})
             return
+        if self.server.behaviour == "together":
+            self.server.all_there.wait(30)
         self.send_response(200)
         self.send_header("content-type", "text/event-stream; charset=utf-8")
         self.send_header("transfer-encoding", "chunked")

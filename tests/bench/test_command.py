@@ -1,4 +1,4 @@
-"""`maxlike bench online` over real sockets: what it sends, prints, writes and refuses."""
+"""`maxlike bench`: what it sends over real sockets, prints, writes and refuses, and how it ends its server."""
 
 import argparse
 import asyncio
@@ -12,12 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
+import numpy as np
 import pytest
 
 import maxlike
 from maxlike.bench.client import list_models
 from maxlike.bench.command import add_command
+from maxlike.bench.lengths import Lengths
 from maxlike.bench.own_server import own_server, serve_command
+from maxlike.bench.workload import Workload, WorkloadConfig
+from maxlike.cli import main
 from tests.bench.socket_server import FakeServer, running
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,6 +105,15 @@ def test_connections_are_kept(server: FakeServer) -> None:
           "--warmup", "0", "--model", "m")
     assert len(server.bodies) == 30
     assert len(peers) == 2
+
+
+@pytest.mark.parametrize("load", [["--request-rate", "inf"], ["--concurrency", "24"]])
+def test_so_many_connections_as_it_takes_and_no_proxy(load: list[str], monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    with running("together") as server:
+        bench("online", "--base-url", server.url, *load, "--num-prompts", "24", "--output-len", "2", "--warmup", "0")
+    assert "24 of 24 requests" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("behaviour", "kind", "message"), [
@@ -250,3 +263,60 @@ with _orderly_at_sigterm(), own_server({[*FAKE_SERVER, "steady", str(marker)]!r}
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
     assert marker.read_text() == "ended in order"
+
+
+def test_online_leaves_the_devices_alone(tmp_path: Path) -> None:
+    """A server of our own needs them, and an accelerator is given to one process."""
+    program = f"""
+import argparse, sys
+from maxlike.bench import command
+command.serve_command = lambda model, arguments=(): {[*FAKE_SERVER, "steady", str(tmp_path / "marker")]!r}
+import jax
+from maxlike.cli import main
+assert main(["bench", "online", "--num-prompts", "2", "--output-len", "1"]) == 0
+jax.config.update("jax_num_cpu_devices", 3)  # raises once a backend is there
+"""
+    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "all at once: 2 of 2 requests" in run.stdout
+
+
+# -- the command line
+
+
+def test_mistakes_are_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["online", "--input-len", "x"], ["online", "--base-url", "http://127.0.0.1:1", "--model", "m"],
+                 ["offline", "--rounds", "0"], ["offline", "--json", "/none/x.json"], ["offline", "--tp", "3"]):
+        assert main(["bench", *argv]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("maxlike: ")
+        assert captured.err.count("\n") == 1
+    for argv in (["online", "--num-prompts", "x"], ["offline", "more"], []):
+        with pytest.raises(SystemExit) as ended:
+            main(["bench", *argv])
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_offline_on_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """Prefix hits are known: all but the first prompt find the 64 tokens of the one page that all begin with."""
+    assert main(["bench", "offline", "--num-prompts", "5", "--prefix-len", "64", "--input-len", "uniform:3:9",
+                 "--output-len", "uniform:2:6", "--max-model-len", "96", "--max-num-seqs", "2", "--tp", "1",
+                 "--max-num-batched-tokens", "16", "--rounds", "2", "--warmup", "1", "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    asked = Workload(WorkloadConfig(num_prompts=5, prefix_len=64, input_len=Lengths.parse("uniform:3:9"),
+                                    output_len=Lengths.parse("uniform:2:6")), "ids", vocabulary=np.arange(9))
+    for stage, figures in enumerate(report["rounds"], 1):
+        prompts = asked.prompts(stage)
+        assert figures["requests"] == 5
+        assert figures["prompt_tokens"] == sum(prompt.n_tokens or 0 for prompt in prompts)
+        assert figures["output_tokens"] == sum(prompt.output_len for prompt in prompts)
+        assert figures["cached_prompt_tokens"] == 5 * 64  # since the warm-up
+        assert figures["output_tokens_per_s"] == pytest.approx(figures["output_tokens"] / figures["duration_s"])
+    assert report["benchmark"] == "offline"
+    assert report["config"]["engine"]["max_num_seqs"] == 2
+    assert report["devices"] == ["cpu"]
+    assert "output tokens" in captured.err

@@ -54,6 +54,11 @@ def test_lognormal_has_the_mean_and_deviation_stated() -> None:
     assert abs(((logs - logs.mean()) ** 3).mean() / logs.std() ** 3) < 0.03  # the logarithm is symmetric
 
 
+@pytest.mark.parametrize("text", ["normal:10:0.3", "lognormal:10:0.3"])
+def test_rounded_to_the_nearest(text: str) -> None:
+    assert abs(drawn(text).mean() - 10) < 0.02
+
+
 @pytest.mark.parametrize("text", ["normal:3:50", "lognormal:1:30"])
 def test_none_below_one_token(text: str) -> None:
     lengths = drawn(text)

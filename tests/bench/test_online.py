@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import httpx2
 import numpy as np
 import pytest
 
@@ -151,6 +152,15 @@ def test_an_end_without_done_will_do() -> None:
     assert send(Script([(0.1, text("a")), (0, "[DONE]")])).error is None
 
 
+def test_what_comes_after_the_end_changes_nothing() -> None:
+    end: Steps = [(0.1, text("a", "length")), (0.5, {"choices": [{"delta": {}}]}), (0, usage(3, 1)), (0, "[DONE]")]
+    for rest in ("{nope", text("b"), httpx2.ReadError("gone")):
+        record = send(Script([*end, (9, rest)]))
+        assert (record.error, len(record.chunks)) == (None, 1)
+        assert record.e2e == pytest.approx(0.1)
+    assert send(Script([*end[:-1], (0, httpx2.ReadError("gone"))])).error == "connection lost"
+
+
 # -- what is asked
 
 
@@ -261,6 +271,7 @@ def test_failures_are_counted_and_not_in_the_figures() -> None:
     assert figures.output_tokens_per_s == pytest.approx(40 / 9)
     assert figures.e2e_ms is not None
     assert figures.e2e_ms.max == pytest.approx(3000)
+    assert LevelFigures.of(Load(math.inf), records, Objectives(ttft=5000)).good_share == pytest.approx(8 / 12)
 
 
 def test_goodput() -> None:

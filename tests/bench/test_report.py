@@ -58,12 +58,14 @@ def test_figures_of_records() -> None:
     records = [record(0.5, 0.1, 11, start=10.0, cached_tokens=16), record(1.5, 0.2, 6, start=12.0),
                record(1.0, 0.3, 1, start=11.0)]
     records[1].has_usage = False
+    records[0].output_tokens = 20
+    records[0].finished = 10 + 0.5 + 1.9
     records[2].sent = 11.25  # a quarter of a second late
     figures = LevelFigures.of(Load(1.0), records)
     assert figures.duration_s == pytest.approx(4.5)  # 10 to 12 + 1.5 + 1
-    assert (figures.output_tokens, figures.prompt_tokens, figures.cached_prompt_tokens) == (18, 60, 16)
+    assert (figures.output_tokens, figures.prompt_tokens, figures.cached_prompt_tokens) == (27, 60, 16)
     assert figures.without_usage == 1
-    assert figures.tokens_per_piece == 1
+    assert figures.tokens_per_piece == 1.5
     assert figures.prompt_tokens_per_s == pytest.approx(60 / 4.5)
     assert figures.ttft_ms is not None and figures.itl_ms is not None and figures.send_delay_ms is not None
     assert figures.tpot_ms is not None and figures.e2e_ms is not None

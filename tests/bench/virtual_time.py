@@ -48,9 +48,12 @@ def run_virtually(coroutine: Coroutine[Any, Any, T]) -> T:
 
 @dataclass
 class Script:
-    """How the server answers a request: pairs of seconds to wait and an event's data (or bytes as they are)."""
+    """How the server answers a request: pairs of seconds to wait and an event's data.
 
-    steps: Sequence[tuple[float, dict[str, Any] | str | bytes]] = ()
+    Bytes go out as they are, and an exception is raised.
+    """
+
+    steps: Sequence[tuple[float, dict[str, Any] | str | bytes | Exception]] = ()
     status: int = 200
     wait: float = 0.0  # before the head of the response
     headers: dict[str, str] = field(default_factory=lambda: {"content-type": "text/event-stream"})
@@ -64,6 +67,8 @@ class _Stream(httpx2.AsyncByteStream):
     async def __aiter__(self) -> AsyncIterator[bytes]:
         for wait, data in self._script.steps:
             await asyncio.sleep(wait)
+            if isinstance(data, Exception):
+                raise data
             if isinstance(data, bytes):
                 yield data
             else:

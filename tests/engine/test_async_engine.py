@@ -7,6 +7,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from maxlike.engine.async_engine import AsyncEngine, EngineDeadError, QueueFullError
@@ -166,6 +167,20 @@ def test_an_engine_that_breaks_tells_all_who_wait() -> None:
         with pytest.raises(EngineDeadError, match="the device is gone"):
             await collect(engine, "late")
         assert isinstance(engine.error, RuntimeError) and not engine.is_ready
+
+    with_engine(test)
+
+
+def test_other_weights_between_steps() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        before = await collect(engine, "before")
+        norm = np.asarray(engine._engine.model.norm.weight.get_value())
+        await engine.update_weights({"norm.weight": -norm})
+        assert await collect(engine, "other") != before
+        with pytest.raises(ValueError, match="nonsense is unknown"):
+            await engine.update_weights({"nonsense": norm})
+        await engine.update_weights({"norm.weight": norm})
+        assert await collect(engine, "after") == before
 
     with_engine(test)
 

@@ -1,274 +1,255 @@
-"""Calls of tools in what models write, whole and cut at every place; and grammars that force one."""
+"""Tool calls: however a text is cut, the same comes of it, and all of it; what is forced is read back."""
 
 import json
-from pathlib import Path
+from typing import Any
 
-import numpy as np
+import llguidance
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import maxlike
-from maxlike.engine.grammar import GrammarCompiler
-from maxlike.models.tokenizer import Tokenizer
+from maxlike.engine.sampling_params import StructuredOutput
 from maxlike.serve.tool_calls import KINDS, ToolCallParser, detect, schema_for
-from tests.models.test_tokenizer import LLAMA3, QWEN
 
-OPENINGS = {"hermes": "<tool_call>", "llama": "<|python_tag|>", "mistral": "[TOOL_CALLS]"}
-
-
-def parse(kind, pieces):
-    """Content, and (name, arguments) of the calls."""
-    parser, content, calls = ToolCallParser(kind), "", []
-    for text, found in [*map(parser.push, pieces), parser.flush()]:
-        content += text
-        for call in found:
-            assert call.keys() == {"index", "id", "type", "function"} and call["type"] == "function"
-            assert call["index"] == len(calls)
-            calls.append(call)
-    assert parser.flush() == ("", [])
-    assert len({call["id"] for call in calls}) == len(calls)
-    for call in calls:
-        assert len(call["id"]) == 9 and call["id"].isalnum() if kind == "mistral" else call["id"].startswith("call_")
-    return content, [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in calls]
+HARD = {"a": "}</tool_call>{\"[", "b": {"c": [{"d": "\\"}, [], None, 1.5]}, "é": "日本 👩‍👩‍👧 \n\t", "q": '"name": {'}
+HARD_JSON = json.dumps(HARD, ensure_ascii=False)
+OPENING = {"hermes": "<tool_call>", "llama": "<|python_tag|>", "mistral": "[TOOL_CALLS]"}
 
 
-def check(kind, text, content, calls):
-    assert parse(kind, [text]) == (content, calls)
-    assert parse(kind, list(text)) == (content, calls)
-    for i in range(len(text) + 1):
-        assert parse(kind, [text[:i], text[i:]]) == (content, calls), i
-    assert parse(kind, ["", *(text[i : i + 3] for i in range(0, len(text), 3)), ""]) == (content, calls)
+def parsed(kind: str, *pieces: str) -> tuple[str, list[tuple[str, Any]]]:
+    """Content, and name and arguments of each call, as a client puts them together."""
+    parser = ToolCallParser(kind)
+    answers = [*map(parser.push, pieces), parser.flush()]
+    deltas = [delta for _, calls in answers for delta in calls]
+    assert [delta["index"] for delta in deltas] == list(range(len(deltas)))
+    assert all(delta["type"] == "function" and delta.keys() == {"index", "id", "type", "function"} for delta in deltas)
+    assert len({delta["id"] for delta in deltas}) == len(deltas)
+    calls = [(delta["function"]["name"], json.loads(delta["function"]["arguments"])) for delta in deltas]
+    return "".join(content for content, _ in answers), calls
 
 
-A, B = ("get", {"city": "Köln", "n": [1, {"x": None}]}), ("f", {})
-TRICKY = ("say", {"text": 'a "quoted" } ] </tool_call> <tool_call> [TOOL_CALLS] \\" \n; {', "😀": -1.5e3})
+def one(name: str, arguments: str, key: str = "arguments") -> str:
+    return f'{{"name": "{name}", "{key}": {arguments}}}'
 
 
-def hermes(name, arguments):
-    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments}, ensure_ascii=False)}\n</tool_call>"
+F, G = one("f", HARD_JSON), one("get.w-2", "{}")
+LF, LG = one("f", HARD_JSON, "parameters"), one("get.w-2", "{}", "parameters")
+CALLS = [("f", HARD), ("get.w-2", {})]
+
+WELL_FORMED: dict[str, list[tuple[str, str, list[Any]]]] = {
+    "hermes": [
+        (f"<tool_call>\n{F}\n</tool_call>\n<tool_call>\n{G}\n</tool_call>", "", CALLS),
+        (f"Let's <see>…\n\n<tool_call>{F}</tool_call>", "Let's <see>…", CALLS[:1]),
+        (f"a<tool_call>{F}</tool_call>\n b <tool_call>{G}</tool_call> \n", "a\n b", CALLS),
+        (f"<tool_call>{F}</tool_call><tool_call>{G}", "", CALLS),  # cut off, or without its end
+        (f"<tool_call>{F}\n</tool_", "", CALLS[:1]),
+        ('<tool_call>{"arguments": {"x": 1}, "name": "f", "id": 3, "more": {}}</tool_call>', "", [("f", {"x": 1})]),
+        ('<tool_call>{"name": "f"}</tool_call>', "", [("f", {})]),
+        ('<tool_call>{"name": "f", "arguments": "{\\"x\\": 1}"}</tool_call>', "", [("f", {"x": 1})]),
+        ('<tool_call>{"name": "f", "arguments": {"x": "two\nlines"}}</tool_call>', "", [("f", {"x": "two\nlines"})]),
+        ('<tool_call>{"name": "f", "arguments": {"x": "\\ud800"}}</tool_call>', "", [("f", {"x": "\ud800"})]),
+        ('<tool_call>{"name": "f", "arguments": {"x": "\\\\"}}</tool_call>', "", [("f", {"x": "\\"})]),
+    ],
+    "llama": [
+        (LF, "", CALLS[:1]),
+        (f"\n\n{LF}; {LG}\n", "", CALLS),
+        (f"{LF}\n{LG} and more", " and more", CALLS),
+        (f"<|python_tag|>{LF};{LG}", "", CALLS),
+        (f"Sure: <|python_tag|> {LF}", "Sure:", CALLS[:1]),
+        (f'{{"type": "function", "name": "f", "parameters": {HARD_JSON}}}', "", CALLS[:1]),
+        (F, "", CALLS[:1]),
+        (f"{LF}; {{x}}", "; {x}", CALLS[:1]),
+        (f"{LF}<|python_tag|>{LG}", "", CALLS),
+    ],
+    "mistral": [
+        (f"[TOOL_CALLS][{F}, {G}]", "", CALLS),
+        (f"\n[TOOL_CALLS] [\n{F} ,\n{G}]\n", "", CALLS),
+        (f"Well [1] [TOOL_CALLS] [{F}] then", "Well [1] then", CALLS[:1]),
+        (f"[{F}]", "", CALLS[:1]),
+        (f'[TOOL_CALLS][{{"name": "f", "arguments": {HARD_JSON}, "id": "abcdefghi"}}]', "", CALLS[:1]),
+    ],
+}
+NO_CALLS = {
+    "hermes": [
+        "", " \n", "no call", "a < b <tool_cal", F, "<tool_call>", "<tool_call> \n", "<tool_call>f(x)</tool_call>",
+        '<tool_call>\n{"name": "f", "arguments": {"x": 1}\n</tool_call> \n', "<tool_call>{}</tool_call>",
+        f"<tool_call>{F}}}</tool_call>", f"<tool_call>{F}</tool_cell>", f"<tool_call>[{F}</tool_call>",
+        f"<tool_call>{F[:-9]}", '<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "</tool_call> \t",
+        '<tool_call>{"name": "f", "arguments": "x"}</tool_call>', '<tool_call>{"name": "f g"}</tool_call>',
+        '<tool_call>{"name": 1, "arguments": {}}</tool_call>', '<tool_call>{"name": "f" "arguments": {}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>', '<tool_call>{"a": [}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"x": 1e999}}</tool_call>', '<tool_call>{"name": "\\ud800"}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": ' + '{"x": ' * 2000 + "1" + "}" * 2001 + "</tool_call>",
+    ],
+    "llama": [
+        "{", '{"name": "Bob"}', '{"name": "Bob", "parameters": {}, "age": 5}', "{x} is a set", f"I say {LF}", LF[:-1],
+        "<|python_tag|>print({})", "<|python_tag|>", '{"answer": 42}; {"answer": 43}', f" {LF}"[:-2], "<|python_tag",
+    ],
+    "mistral": [
+        "[1] says so", "[]", "[TOOL_CALLS]", "[TOOL_CALLS][]", "[TOOL_CALLS]f[ARGS]{}", f"[TOOL_CALLS]{F}", f"[{F}",
+        f"[TOOL_CALLS][{F}, 1]", '[{"name": "Bob"}]', '[{"a": "b"}, "c"]', "[TOOL", "[link](there)", " [ ",
+    ],
+}
+EVERY: list[tuple[str, str, str, list[Any]]] = [(kind, text, content, calls) for kind in KINDS for text, content, calls
+    in [*WELL_FORMED[kind], *((text, text, []) for text in NO_CALLS[kind])]]
 
 
-def llama(name, arguments):
-    return json.dumps({"name": name, "parameters": arguments})
+@pytest.mark.parametrize(("kind", "text", "content", "calls"), EVERY)
+def test_every_cut_gives_the_same(kind: str, text: str, content: str, calls: list[Any]) -> None:
+    assert parsed(kind, text) == (content, calls)
+    assert parsed(kind, *text) == (content, calls)
+    step = 1 + len(text) // 500 * 10
+    for at in range(0, len(text), step):
+        assert parsed(kind, text[:at], text[at:]) == (content, calls), at
 
 
-def mistral(*calls):
-    listed = [{"name": name, "arguments": arguments} for name, arguments in calls]
-    return f"[TOOL_CALLS] {json.dumps(listed, ensure_ascii=False)}"
+PIECES = ["<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", F, G, LF, LG, "[", "]", "{", "}", '"', "\\",
+          ",", " ", "\n", ";", "x", "<", '"name"', ": ", "é", "👩‍👩‍👧", "1"]
+
+
+@given(st.sampled_from(KINDS), st.lists(st.sampled_from(PIECES)), st.data())
+def test_nothing_is_lost(kind: str, parts: list[str], data: st.DataObject) -> None:
+    text = "".join(parts)
+    content, calls = parsed(kind, text)
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert parsed(kind, *pieces) == (content, calls)
+    if not calls:
+        assert content == text
+    # In the order of the text, the content is in it; the rest is the calls, and what they are set in.
+    left = iter(text)
+    assert all(character in left for character in content)
+    assert len(calls) <= sum(map(text.count, [F, G, LF, LG]))
+
+
+NAMES = st.text("azAZ09_.-", min_size=1, max_size=64)
+VALUES = (st.none() | st.booleans() | st.integers(-(2**63), 2**64) | st.text(max_size=20)
+          | st.floats(allow_nan=False, allow_infinity=False))
+KEYS = st.text(max_size=5)
+ARGUMENTS = st.dictionaries(KEYS, VALUES | st.lists(VALUES | st.dictionaries(KEYS, VALUES)), max_size=5)
+
+
+@settings(max_examples=50)
+@given(st.sampled_from(KINDS), st.lists(st.tuples(NAMES, ARGUMENTS), min_size=1, max_size=3), st.booleans(),
+       st.integers(1, 9))
+def test_any_arguments_come_through(kind: str, calls: list[tuple[str, Any]], escaped: bool, width: int) -> None:
+    key = "parameters" if kind == "llama" else "arguments"
+    texts = [json.dumps({"name": name, key: arguments}, ensure_ascii=escaped) for name, arguments in calls]
+    text = {"hermes": "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in texts), "llama": "; ".join(texts),
+            "mistral": f"[TOOL_CALLS] [{', '.join(texts)}]"}[kind]
+    assert parsed(kind, *(text[i : i + width] for i in range(0, len(text), width))) == ("", calls)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_what_may_belong_to_a_call_is_held_back(kind: str) -> None:
+    parser, opening = ToolCallParser(kind), OPENING[kind]
+    assert parser.push("Well, a < b\n") == ("Well, a < b", [])
+    assert parser.push("and") == ("\nand", [])
+    assert parser.push(" " + opening[:-1]) == ("", [])
+    assert parser.push("?") == (f" {opening[:-1]}?", [])
+
+
+def test_a_call_comes_as_soon_as_it_is_complete() -> None:
+    parser = ToolCallParser("hermes")
+    assert parser.push(f"<tool_call>{F}</tool_call")[1] == []
+    assert len(parser.push("> ")[1]) == 1
+    parser = ToolCallParser("llama")
+    assert parser.push(LF[:-1])[1] == []
+    assert len(parser.push("}")[1]) == 1
+
+
+def test_mistrals_ids_are_those_its_templates_take() -> None:
+    (call,) = ToolCallParser("mistral").push(f"[TOOL_CALLS][{F}]")[1]
+    assert len(call["id"]) == 9 and call["id"].isalnum()
 
 
 @pytest.mark.parametrize(
-    ("kind", "text", "content", "calls"),
+    ("template", "kind"),
     [
-        ("hermes", hermes(*A), "", [A]),
-        ("hermes", f"{hermes(*A)}\n{hermes(*TRICKY)}\n{hermes(*B)}", "", [A, TRICKY, B]),
-        ("hermes", f"\n\nLet me see.\n{hermes(*A)}\n\n{hermes(*B)}\n", "\n\nLet me see.", [A, B]),
-        ("hermes", f"<think>\nhm {{\n</think>\n\n{hermes(*A)} So.", "<think>\nhm {\n</think> So.", [A]),
-        ("hermes", hermes(*A).removesuffix("</tool_call>"), "", [A]),  # ended by its length or a stop text
-        ("hermes", hermes(*A).replace("\n</tool_call>", "<tool_call>") + hermes(*B).removeprefix("<tool_call>"), "",
-         [A, B]),
-        ("hermes", hermes(*B).replace(', "arguments": {}', ""), "", [B]),
-        ("hermes", hermes(*B).replace("{}", "null"), "", [B]),
-        ("hermes", hermes("get", json.dumps(A[1])), "", [A]),
-        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "b\nc\\ud800"}}</tool_call>', "",
-         [("f", {"a": "b\nc\ud800"})]),
-        ("hermes", '{"name": "f", "arguments": {}}', '{"name": "f", "arguments": {}}', []),
-        ("llama", llama(*A), "", [A]),
-        ("llama", f"  <|python_tag|>{llama(*A)}", "", [A]),
-        ("llama", f"{llama(*A)}; {llama(*TRICKY)};{llama(*B)}", "", [A, TRICKY, B]),
-        ("llama", f"<|python_tag|>{llama(*A)}; <|python_tag|>{llama(*B)}", "", [A, B]),
-        ("llama", f"{llama(*A)}\n{llama(*B)}\n", "", [A, B]),
-        ("llama", f"I call. <|python_tag|>{llama(*A)}; and", "I call.; and", [A]),
-        ("llama", f"{llama(*A)}; <|python", "; <|python", [A]),
-        ("llama", json.dumps({"type": "function", "name": "get", "parameters": A[1]}), "", [A]),
-        ("mistral", mistral(A, TRICKY, B), "", [A, TRICKY, B]),
-        ("mistral", mistral(A).replace("] [", "][") + mistral(B), "", [A, B]),
-        ("mistral", f"Well [1].\n{mistral(A)}", "Well [1].", [A]),
-        ("mistral", mistral(A, B).removeprefix("[TOOL_CALLS]"), "", [A, B]),
-        ("mistral", f" {mistral(A)} [1]", " [1]", [A]),
+        (None, None),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", None),
+        ("{{- '<tool_call>\\n{\"name\": \"' }}{{ c.name }}{{ '\", \"arguments\": ' }}", "hermes"),
+        ("return as <tool_call>\\n<function=name>\\n<parameter=x>\\n1\\n</parameter>", None),
+        ("<tool_call>{function-name}\\n<arg_key>{key}</arg_key>", None),
+        ("{{ '[TOOL_CALLS]' + m['tool_calls'] | string + eos_token }}", "mistral"),
+        ("{{ '[TOOL_CALLS]' + name + '[ARGS]' + arguments }}", None),
+        ("'Respond in the format {\"name\": function name, \"parameters\": dictionary of argument name}.'",
+         "llama"),
+        ("'<|python_tag|>' and [func_name1(param1=value1)]", None),
     ],
-)  # fmt: skip
-def test_calls(kind, text, content, calls):
-    check(kind, text, content, calls)
+)
+def test_detect(template: str | None, kind: str | None) -> None:
+    assert detect(template) == kind
 
 
-BROKEN = {
-    "hermes": [
-        "<tool_call>\n{'name': 'f', 'arguments': {}}\n</tool_call>",
-        '<tool_call>{"name": "f", "arguments": {"a": 1}',
-        '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>',
-        '<tool_call>{"name": "f", "arguments": {"a": "\\',
-        '<tool_call>{"name": "f", "arguments": [1]}</tool_call>',
-        '<tool_call>{"name": "f", "arguments": "no JSON"}</tool_call>',
-        '<tool_call>{"name": "", "arguments": {}}</tool_call>',
-        '<tool_call>{"name": 3, "arguments": {}}</tool_call>',
-        '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>',
-        '<tool_call>{"name": "f", "arguments": {"x": 1e999}}</tool_call>',
-        f'<tool_call>{{"name": "f", "arguments": {{"x": {"9" * 5000}}}}}</tool_call>',
-        '<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>',
-        '<tool_call>{"name": "f" "arguments": {}}</tool_call>',
-        '<tool_call>{"name": "f", "arguments": {}]</tool_call>',
-        "<tool_call>[]</tool_call> ",
-        "<tool_call>get(city)</tool_call>",
-        "<tool_call>",
-        "\n<tool_call>\n\n",
-        "< tool_call> <tool_cal <<tool_call",
-        "",
-        " \n ",
-    ],
-    "llama": [
-        '{"name": "f", "parameters": {"a": 1}',
-        '{"name": "Ann", "age": 3}',
-        '{"name": "f", "parameters": null}',
-        '{"answer": [1, 2]} and so on',
-        "{ braces } in {text}",
-        '<|python_tag|>brave_search.call(query="x")',
-        '[{"answer": 3}]',
-        " ; {",
-    ],
-    "mistral": [
-        '[TOOL_CALLS] [{"name": "f", "arguments": {}}, {"name": "g"',
-        '[TOOL_CALLS] [{"name": "f", "arguments": {}}, 3]',
-        "[TOOL_CALLS] f {}",
-        "[1, 2, 3]",
-        '["a", {"name": "f"}]',
-        "[TOOL_CALL] [T",
-        " [",
-    ],
-}
+def tool(name: str, parameters: dict[str, Any] | None) -> dict[str, Any]:
+    function = {"name": name, "description": "it"} | ({} if parameters is None else {"parameters": parameters})
+    return {"type": "function", "function": function}
 
 
-@pytest.mark.parametrize(("kind", "text"), [(kind, text) for kind, texts in BROKEN.items() for text in texts])
-def test_what_is_no_call_is_content(kind, text):
-    if len(text) < 1000:
-        check(kind, text, text, [])
-    assert parse(kind, [text]) == (text, [])
-    # ... and hides none that follows
-    good = {"hermes": hermes(*A), "llama": f"<|python_tag|>{llama(*A)}", "mistral": mistral(A)}[kind]
-    ends_inside = '"</tool_call>' in text or text.endswith("\\")  # of a text in JSON
-    if not ends_inside and text.strip():
-        content, calls = parse(kind, [text, "\n.", good])
-        assert calls == [A] and content == f"{text}\n."
-
-
-def test_arguments_nested_beyond_all_measure_are_content():
-    text = '<tool_call>{"name": "f", "arguments": ' + '{"a":' * 100_000 + "1" + "}" * 100_001 + "</tool_call>"
-    assert parse("hermes", [text]) == (text, [])
-
-
-@settings(max_examples=500, deadline=None)
-@given(data=st.data(), kind=st.sampled_from(KINDS))
-def test_however_a_text_is_cut(data, kind):
-    calls = {"hermes": hermes(*A), "llama": llama(*A), "mistral": mistral(A, B)}[kind]
-    part = st.one_of(st.sampled_from([calls, OPENINGS[kind], "</tool_call>", "{", "}", "[", "]", '"', "\\", ";", " ",
-                                      "\n", '{"name": "f", "parameters": {}}', '"a": 1', ","]),
-                     st.text("ab<|[{", max_size=3))  # fmt: skip
-    text = "".join(data.draw(st.lists(part, max_size=12)))
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
-    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    content, calls = parse(kind, pieces)
-    assert (content, calls) == parse(kind, [text]) == parse(kind, list(text))
-    if not calls:
-        assert content == text
-    letters = iter(text)
-    assert all(letter in letters for letter in content)  # in order, and nothing made up
-
-
-def test_text_comes_at_once_where_no_call_is_in_sight():
-    for kind in KINDS:
-        parser = ToolCallParser(kind)
-        for piece in ("A", " text", " of 3", " <b", "races>", ", {", "}."):
-            given = parser.push(piece)[0]
-            assert given.strip() == piece.strip() or piece == " <b"
-        assert parser.push(" \n")[0] == "" and parser.flush()[0] == " \n"
-
-
-# -- which form
-
-
-def test_detect():
-    assert detect(LLAMA3) == "llama"
-    assert detect(QWEN) == "hermes"
-    assert detect("[AVAILABLE_TOOLS]{{ tools }}[/AVAILABLE_TOOLS]{{ '[TOOL_CALLS] [' }}") == "mistral"
-    for other in ("", "{{ messages }}", "<tool_call>\n<function=f>", "<tool_call>f\n<arg_key>a</arg_key>",
-                  "[TOOL_CALLS]f[ARGS]{}", '{"name": x} "parameters"'):  # fmt: skip
-        assert detect(other) is None
-
-
-# -- forced calls
-
-TOKENIZER = Tokenizer.from_folder(Path(maxlike.__file__).parent / "embedded")
-COMPILER = GrammarCompiler(TOKENIZER, TOKENIZER.vocab_size, [1])
 TOOLS = [
-    {"type": "function", "function": {"name": "get_weather", "description": "x", "parameters": {
-        "type": "object", "properties": {"city": {"enum": ["Köln", "Rome"]}, "days": {"$ref": "#/$defs/few"}},
-        "required": ["city", "days"], "additionalProperties": False, "$defs": {"few": {"enum": [1, 2, 3]}}}}},
-    {"type": "function", "function": {"name": "stop-it.now"}},
-    {"type": "function", "function": {"name": "log", "parameters": {
-        "properties": {"level": {"$ref": "#/$defs/few"}}, "$defs": {"few": {"const": "low"}}, "required": ["level"],
-        "additionalProperties": False}}},
-]  # fmt: skip
+    tool("weather", {"type": "object", "properties": {"city": {"$ref": "#/$defs/City"}, "n": {"type": "integer"}},
+                     "required": ["city"], "additionalProperties": False, "$defs": {"City": {"type": "string"}}}),
+    tool("now", None),
+    tool("note", {"properties": {"text": {"$ref": "#/$defs/City"}}, "$defs": {"City": {"enum": ["a\n", '"é"']}},
+                  "required": ["text"], "additionalProperties": False}),
+]
+WEATHER = {"city": "München {\"} </tool_call>"}
+MADE = [("weather", WEATHER), ("weather", {"city": "", "n": -3}), ("now", {}), ("note", {"text": '"é"'})]
+REFUSED = [("weather", {}), ("weather", {"city": 1}), ("weather", {"city": "x", "m": 1}), ("now", {"x": 1}),
+           ("note", {"text": "b"}), ("weathe", WEATHER), ("note", None), ("now", [])]
 
 
-def forced(structured, rng):
-    grammar, ids = COMPILER.compile(structured), []
-    while not grammar.is_finished:
-        words = np.empty(TOKENIZER.vocab_size // 32, np.uint32)
-        grammar.fill_mask(words)
-        allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
-        tight = [id for id in allowed if not TOKENIZER.token_bytes(id).isspace()]  # whitespace in JSON is no news
-        id = int(rng.choice(allowed if grammar.may_end else tight or allowed))
-        if id == 1:
-            break
-        assert grammar.accept(id)
-        ids.append(id)
-    return TOKENIZER.decode(ids)
+def written(kind: str, calls: list[tuple[str, Any]]) -> str:
+    key = "parameters" if kind == "llama" else "arguments"
+    texts = [json.dumps({"name": name, key: arguments}, ensure_ascii=False) for name, arguments in calls]
+    return {"hermes": "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in texts), "llama": "; ".join(texts),
+            "mistral": f"[{', '.join(texts)}]"}[kind]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("choice", ["required", "get_weather", "stop-it.now", "log"])
-@pytest.mark.parametrize("several", [True, False])
-def test_a_forced_call_is_one(kind, choice, several):
-    rng, numbers = np.random.default_rng(0), set()
-    for _ in range(8):
-        text = forced(schema_for(kind, TOOLS, choice, several), rng)
-        content, calls = parse(kind, [text])
-        assert content == ""
-        numbers.add(len(calls))
-        for name, arguments in calls:
-            assert name == choice or choice == "required"
-            match name:
-                case "get_weather":
-                    assert arguments.keys() == {"city", "days"}
-                    assert arguments["city"] in ("Köln", "Rome") and arguments["days"] in (1, 2, 3)
-                case "log":
-                    assert arguments == {"level": "low"}
-                case _:
-                    assert name == "stop-it.now" and arguments == {}
-    assert numbers == {1} if choice != "required" or not several else max(numbers) > 1 and 0 not in numbers
+def allows(structured: StructuredOutput, text: str) -> bool:
+    """Whether the grammar takes the whole text, a byte for a token, and may end there."""
+    tokenizer = llguidance.LLTokenizer("byte")
+    assert structured.grammar is not None
+    source = llguidance.LLMatcher.grammar_from_lark(structured.grammar)
+    failed, says = llguidance.LLMatcher.validate_grammar_with_warnings(source, tokenizer)
+    assert not failed and not says, says
+    matcher = llguidance.LLMatcher(tokenizer, source)
+    data = list(text.encode())
+    return matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_forced_calls_are_written_as_the_model_knows_them(kind):
-    arguments = {"city": "Rome", "days": 2}
-    text = {"hermes": hermes("get_weather", arguments), "llama": llama("get_weather", arguments),
-            "mistral": mistral(("get_weather", arguments)).removeprefix("[TOOL_CALLS] ")}[kind]  # fmt: skip
-    grammar = COMPILER.compile(schema_for(kind, TOOLS, "required"))
-    for id in TOKENIZER.encode(text, add_special_tokens=False):
-        assert grammar.accept(id), TOKENIZER.token(id)
-    assert grammar.may_end
+def test_forced_calls_are_read_back(kind: str) -> None:
+    required, named = schema_for(kind, TOOLS, "required"), schema_for(kind, TOOLS, "weather")
+    for call in MADE:
+        text = written(kind, [call])
+        assert allows(required, text)
+        assert allows(named, text) == (call[0] == "weather")
+        assert parsed(kind, *text) == ("", [call])
+        assert not allows(required, "Sure. " + text) and not allows(required, text[:-1])
+    several = written(kind, MADE)
+    assert allows(required, several) == (kind != "llama")  # its templates take one call a message
+    assert parsed(kind, *several) == ("", MADE)
+    assert not allows(named, written(kind, MADE[:2]))
+    assert not allows(required, written(kind, []))
 
 
-def test_calls_that_cannot_be_forced():
-    with pytest.raises(ValueError, match=r"No tool is named 'x'; there are: get_weather, stop-it\.now, log"):
-        schema_for("hermes", TOOLS, "x")
-    for schema in ({"type": "array"}, 3, {"type": ["object"]}):
-        with pytest.raises(ValueError, match="parameters of f must be a JSON schema of type object"):
-            schema_for("llama", [{"function": {"name": "f", "parameters": schema}}], "f")
-    unknown = [{"function": {"name": "f", "parameters": {"x-guidance": {"lenient": True}, "not": {}}}}]
-    with pytest.raises(ValueError, match=r'Unimplemented keys: \["not"\]'):
-        COMPILER.compile(schema_for("mistral", unknown, "required"))
-    for make in (ToolCallParser, lambda kind: schema_for(kind, TOOLS, "required")):
-        with pytest.raises(ValueError, match="one of the forms hermes, llama, mistral; got 'xml'"):
-            make("xml")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("call", REFUSED)
+def test_what_the_schema_forbids_cannot_be_made(kind: str, call: tuple[str, Any]) -> None:
+    assert not allows(schema_for(kind, TOOLS, "required"), written(kind, [call]))
+
+
+def test_what_cannot_be_forced_is_said() -> None:
+    with pytest.raises(ValueError, match=r"'other'.*weather, now, note"):
+        schema_for("hermes", TOOLS, "other")
+    with pytest.raises(ValueError, match="none"):
+        schema_for("hermes", [], "required")
+    with pytest.raises(ValueError, match=r"'xml'.*hermes, llama, mistral"):
+        schema_for("xml", TOOLS, "required")
+    with pytest.raises(ValueError, match="'xml'"):
+        ToolCallParser("xml")
+    for parameters in ({"type": "array"}, {"type": ["string", "null"]}):
+        with pytest.raises(ValueError, match=r"parameters of function 'f'.*object"):
+            schema_for("hermes", [tool("f", parameters)], "required")
