@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from maxlike.engine.sampling import CHUNK, Rows, Sampled, SlotState, clear_slot, fill_slot, sample, seed_words
+from maxlike.engine.sampling import (
+    CHUNK,
+    Rows,
+    Sampled,
+    SlotState,
+    clear_slot,
+    empty_state,
+    fill_slot,
+    sample,
+    seed_words,
+)
 from maxlike.engine.sampling_params import MAX_EDITS
 
 DEFAULTS = dict(slots=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition=1.0, frequency=0.0, presence=0.0,
@@ -122,9 +130,9 @@ def distribution(logits: np.ndarray, temperature: float, top_k: int = 0, top_p: 
     return probabilities
 
 
-def draw_all(asked: Sequence[Asked], state: SlotState, *, logprobs: bool = False,
-             program: Any = run) -> tuple[Sampled, SlotState]:
+def draw_all(asked: Sequence[Asked], *, logprobs: bool = False, program: Any = run) -> tuple[Sampled, SlotState]:
     """A token of each, row `i` in slot `i`."""
+    state = empty_state(len(asked), len(asked[0].logits))
     for slot, one in enumerate(asked):
         if one.prompt or one.output or one.edits:
             state = enter(state, slot, one.prompt, one.output, one.edits)
