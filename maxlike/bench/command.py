@@ -68,7 +68,7 @@ class OnlineConfig:
     ignore_eos: bool = True
     extra_body: dict[str, Any] = field(default_factory=dict)
     timeout: float = 600.0
-    warm_up: int = 1
+    warm_up: int = 8
     objectives: Objectives | None = None
     server_args: tuple[str, ...] = ()
 
@@ -128,8 +128,8 @@ def _add_online_flags(parser: argparse.ArgumentParser) -> None:
                       "rather than a rate")
     load.add_argument("--burstiness", type=float, default=1.0, metavar="SHAPE", help="of arrivals at a rate: 1, the "
                       "default, is a Poisson process; less comes in bursts, more comes evenly (gamma distribution)")
-    load.add_argument("--warmup", type=int, default=1, metavar="N", help="requests beforehand that do not count; "
-                      "default 1")
+    load.add_argument("--warmup", type=int, default=8, metavar="N", help="requests beforehand that do not count; "
+                      "default 8")
     requests = parser.add_argument_group("requests")
     _add_workload_flags(requests)
     requests.add_argument("--chat", action="store_true", help="chat completions rather than completions")

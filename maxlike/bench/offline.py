@@ -83,7 +83,7 @@ class OfflineFigures:
                           f"output tokens  {self.output_tokens_per_s:.1f}/s"])
 
 
-def run_offline(make: Callable[[], Generates], workload: Workload, *, rounds: int = 1, warm_up: int = 1,
+def run_offline(make: Callable[[], Generates], workload: Workload, *, rounds: int, warm_up: int,
                 use_tqdm: bool = False, clock: Callable[[], float] = time.perf_counter) -> OfflineFigures:
     """Measures what `make` returns, in `rounds` of `workload.config.num_prompts` requests with prompts of their own.
 

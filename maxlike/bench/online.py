@@ -54,7 +54,7 @@ async def run_load(client: Client, prompts: Sequence[Prompt], load: Load, *, see
     return [records[i] for i in range(len(prompts))]
 
 
-async def run_online(client: Client, workload: Workload, loads: Sequence[Load], *, warm_up: int = 1,
+async def run_online(client: Client, workload: Workload, loads: Sequence[Load], *, warm_up: int,
                      objectives: Objectives | None = None,
                      on_load: Callable[[Load], Callable[[RequestRecord], None]] | None = None,
                      on_figures: Callable[[LevelFigures], None] | None = None) -> list[LevelFigures]:
@@ -64,13 +64,13 @@ async def run_online(client: Client, workload: Workload, loads: Sequence[Load], 
     called when it has ended.
 
     Raises:
-        ValueError: a warm-up request fails (its error is told), or the endpoint takes no such prompt.
+        ValueError: all requests of the warm-up fail (an error is told), or the endpoint takes no such prompt.
     """
     if warm_up:
-        for record in await run_load(client, workload.prompts(0, warm_up), Load(concurrency=warm_up)):
-            if record.error is not None:
-                raise ValueError(f"The first request failed, and nothing was measured: {record.error}: "
-                                 f"{record.message}")
+        records = await run_load(client, workload.prompts(0, warm_up), Load(concurrency=warm_up))
+        if all(record.error is not None for record in records):
+            raise ValueError(f"No request of the warm-up succeeded, and nothing was measured: {records[0].error}: "
+                             f"{records[0].message}")
     figures = []
     for stage, load in enumerate(loads, 1):
         prompts = workload.prompts(stage)

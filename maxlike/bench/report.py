@@ -75,8 +75,8 @@ def caveats(figures: LevelFigures) -> list[str]:
     late = figures.send_delay_ms
     if figures.load.concurrency is None and late is not None and late.p99 > max(10.0, figures.ttft_ms.median / 10
                                                                                 if figures.ttft_ms else 0.0):
-        found.append(f"  Requests were sent late, 1 in 100 by more than {late.p99:.0f} ms: this process cannot send at "
-                     "the rate asked for, and sees answers late too.")
+        found.append(f"  Requests were sent late, 1 in 100 by more than {late.p99:.0f} ms: this process or its machine "
+                     "is too busy, and sees answers late too.")
     if figures.client_cpu_share > BUSY:
         found.append(f"  This process computed {figures.client_cpu_share:.0%} of the time: the figures are its own in "
                      "part, not the server's.")

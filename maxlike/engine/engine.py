@@ -338,7 +338,7 @@ class Engine:
         for request, row in launched.read:
             if request.state is not RequestState.FINISHED:
                 if request.wants_embedding:
-                    request.embedding = np.asarray(launched.last[row], np.float32)
+                    request.embedding = np.asarray(launched.last)[row].astype(np.float32)
                 self._finish(request, "length")
         if launched.tokens is None:
             return

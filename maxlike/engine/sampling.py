@@ -153,7 +153,7 @@ def score(logits: jax.Array, targets: jax.Array) -> Sampled:
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)
     rank = 1 + jnp.sum(logits > chosen, axis=-1, dtype=jnp.int32)
     # The highest must not be taken from the top: with a slice of it XLA:CPU sorts the vocabulary instead.
-    top, top_ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    top, top_ids = lax.top_k(_one_zero(logits), min(MAX_LOGPROBS, logits.shape[-1]))
     return Sampled(targets, (_below(chosen, highest) - log_total)[:, 0], rank, top_ids.astype(jnp.int32),
                    _below(top, highest) - log_total)
 
@@ -226,7 +226,7 @@ def _edit(x: jax.Array, rows: Rows, state: SlotState, edited: jax.Array) -> jax.
 
 
 def _pick(x: jax.Array, rows: Rows) -> jax.Array:
-    # A row without a single token that is allowed, or with NaN alone, has nothing to draw from.
+    # A row with a NaN, whose highest is NaN, or without a token that is allowed has nothing to draw from.
     draws = rows.live & (rows.temperature > 0) & (jnp.max(x, axis=-1) > -jnp.inf)
     return lax.cond(draws.any(), lambda: greedy(jnp.where(draws[:, None], _race(x, rows, draws), x)), lambda: greedy(x))
 
@@ -236,7 +236,6 @@ def _race(x: jax.Array, rows: Rows, draws: jax.Array) -> jax.Array:
     V = x.shape[1]
     below = _below(x, jnp.max(x, axis=-1, keepdims=True))
     weights = jnp.exp(jnp.where(below == 0, 0, below / rows.temperature[:, None]))
-    weights = jnp.where(weights >= 0, weights, 0)  # NaN is drawn never
     k = jnp.where(draws & (rows.top_k > 0) & (rows.top_k < V), rows.top_k, V)
     kept = lax.cond((k < V).any(), lambda: _top_k(_ordered(x), k), lambda: jnp.ones(x.shape, bool))
     p = jnp.where(draws, rows.top_p, 1)
@@ -266,8 +265,13 @@ def _below(x: jax.Array, highest: jax.Array) -> jax.Array:
 
 def _ordered(x: jax.Array) -> jax.Array:
     """Integers in the order of the floats: float32 -> int32."""
-    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), jnp.int32)  # of two zeros neither is the higher
+    bits = lax.bitcast_convert_type(_one_zero(x), jnp.int32)
     return bits ^ (bits >> 31 & 0x7FFFFFFF)
+
+
+def _one_zero(x: jax.Array) -> jax.Array:
+    """`x` with 0 for -0, where their order goes by the bits: neither is the higher."""
+    return jnp.where(x == 0, 0, x)
 
 
 def _top_k(ordered: jax.Array, k: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,14 +47,17 @@ class StructuredOutput:
         if isinstance(self.json, str):
             try:
                 json.loads(self.json)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"StructuredOutput.json is not JSON: {error}.") from None
+        elif not isinstance(self.json, Mapping | bool | None):
+            raise ValueError("StructuredOutput.json must be a schema, as an object or as text; got "
+                             f"{type(self.json).__name__}.")
         if self.choice is not None:
-            if isinstance(self.choice, str) or not all(isinstance(text, str) and text for text in self.choice):
-                raise ValueError(f"StructuredOutput.choice must be a list of texts, none empty; got {self.choice!r}.")
-            if not self.choice:
-                raise ValueError("StructuredOutput.choice is empty: give at least one text.")
-            object.__setattr__(self, "choice", tuple(self.choice))
+            texts = () if isinstance(self.choice, str) else _listed("StructuredOutput.choice", self.choice)
+            if not texts or not all(isinstance(text, str) and text for text in texts):
+                raise ValueError("StructuredOutput.choice must be a list of at least one text, none empty; got "
+                                 f"{self.choice!r}.")
+            object.__setattr__(self, "choice", texts)
         for name in ("regex", "grammar"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -118,9 +121,12 @@ class SamplingParams:
     structured_output: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        object.__setattr__(self, "stop", tuple(stop or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        stop = (self.stop,) if isinstance(self.stop, str) else _listed("stop", self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", _listed("stop_token_ids", self.stop_token_ids))
+        if not isinstance(self.logit_bias, Mapping | None):
+            raise ValueError("logit_bias must map token ids to what is added to their logits, such as {11: -100}; got "
+                             f"{self.logit_bias!r}.")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         _whole("n", self.n, 1, 128)
         _between("temperature", self.temperature, 0, _LARGEST_FLOAT32, "0 (greedy) or above, within float32")
@@ -136,6 +142,7 @@ class SamplingParams:
         _between("presence_penalty", self.presence_penalty, -2, 2)
         if self.seed is not None:
             _whole("seed", self.seed, -(2**63), 2**63 - 1)
+            object.__setattr__(self, "seed", int(self.seed))  # the seeds of n > 1 follow it, beyond a numpy integer's
         if self.max_tokens is not None:
             _whole("max_tokens", self.max_tokens, 0)
         _whole("min_tokens", self.min_tokens, 0)
@@ -174,7 +181,13 @@ class SamplingParams:
 def _number(name: str, value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise ValueError(f"{name} must be a number; got {value!r}.")
-    return math.isfinite(value)
+    return bool(-math.inf < value < math.inf)  # unlike math.isfinite, for whole numbers of any size
+
+
+def _listed(name: str, values: Any) -> tuple[Any, ...]:
+    if not isinstance(values, Iterable | None):
+        raise ValueError(f"{name} must be a list; got {values!r}.")
+    return () if values is None else tuple(values)
 
 
 def _between(name: str, value: Any, low: float, high: float, says: str = "") -> None:

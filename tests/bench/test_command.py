@@ -320,3 +320,31 @@ def test_offline_on_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> No
     assert report["config"]["engine"]["max_num_seqs"] == 2
     assert report["devices"] == ["cpu"]
     assert "output tokens" in captured.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chat", [False, True])
+def test_online_on_the_embedded_model(chat: bool, tmp_path: Path) -> None:
+    """The server's counts are the workload's."""
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    command = [sys.executable, "-m", "maxlike", "bench", "online", "--num-prompts", "6", "--prefix-len", "64",
+               "--input-len", "uniform:3:9", "--output-len", "uniform:2:6", "--warmup", "1", "--request-rate", "50,inf",
+               "--json", str(tmp_path / "report.json"), "--plot", str(tmp_path / "load.svg"), *["--chat"] * chat,
+               "--", "--max-model-len", "128", "--max-num-seqs", "4", "--tp", "1", "--max-num-batched-tokens", "16",
+               "--chat-template", str(template)]
+    run = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    config = WorkloadConfig(num_prompts=6, prefix_len=64, input_len=Lengths.parse("uniform:3:9"),
+                            output_len=Lengths.parse("uniform:2:6"))
+    asked = Workload(config, "ids", vocabulary=np.arange(9))
+    for stage, level in enumerate(report["levels"], 1):
+        prompts = asked.prompts(stage)
+        assert (level["completed"], level["without_usage"], level["errors"]) == (6, 0, [])
+        assert level["output_tokens"] == sum(prompt.output_len for prompt in prompts)
+        if not chat:  # whose text is as long but for words that are cut
+            assert level["prompt_tokens"] == sum(prompt.n_tokens or 0 for prompt in prompts)
+        assert level["cached_prompt_tokens"] == 6 * 64
+        assert 0 < level["ttft_ms"]["median"] <= level["e2e_ms"]["max"] < 1e3 * level["duration_s"] + 1
+    assert (tmp_path / "load.svg").read_text().count("<path") > 20

@@ -65,7 +65,7 @@ def test_throughput() -> None:
 
 def test_without_a_warm_up() -> None:
     llm = FakeLLM([2.0])
-    assert run_offline(llm.make, workload(), warm_up=0, clock=llm.clock).requests_per_s == 5
+    assert run_offline(llm.make, workload(), rounds=1, warm_up=0, clock=llm.clock).requests_per_s == 5
 
 
 def test_texts_go_as_text_and_messages_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,8 +76,8 @@ def test_texts_go_as_text_and_messages_are_refused(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(some, "prompts", lambda stage, n=None: [Prompt(content, None, 3)])
 
     give("hello")
-    run_offline(llm.make, some, warm_up=0, clock=llm.clock)
+    run_offline(llm.make, some, rounds=1, warm_up=0, clock=llm.clock)
     assert llm.calls[0][0] == ["hello"]
     give(({"role": "user", "content": "x"},))
     with pytest.raises(ValueError, match="takes text or token ids"):
-        run_offline(llm.make, some, warm_up=0, clock=llm.clock)
+        run_offline(llm.make, some, rounds=1, warm_up=0, clock=llm.clock)

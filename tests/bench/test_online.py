@@ -340,9 +340,9 @@ def test_a_warm_up_that_fails_ends_it() -> None:
 
     async def main() -> None:
         async with client_of(server) as client:
-            await run_online(client, workload(), [Load(1.0)])
+            await run_online(client, workload(), [Load(1.0)], warm_up=1)
 
-    with pytest.raises(ValueError, match="nothing was measured: HTTP 404: no model m"):
+    with pytest.raises(ValueError, match=r"No request of the warm-up.*: HTTP 404: no model m"):
         run_virtually(main())
     assert len(server.bodies) == 1
 

@@ -164,7 +164,7 @@ def test_what_a_reader_must_know_is_said() -> None:
     late = [record(0.2, 0.1, 3) for _ in range(100)]
     for one in late[:5]:
         one.due -= 0.5
-    assert "cannot send at the rate asked for" in level_text(LevelFigures.of(Load(2.0), late))
+    assert "sent late, 1 in 100 by more than 500 ms" in level_text(LevelFigures.of(Load(2.0), late))
     busy = LevelFigures.of(Load(2.0), [record(0.2, 0.4, 3)], client_cpu_s=0.9)
     assert busy.client_cpu_share == pytest.approx(0.9)
     assert "computed 90% of the time" in level_text(busy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -61,7 +62,8 @@ def test_64_greedy_requests_under_load_are_each_what_they_are_alone() -> None:
     """A pool that holds a third of what they need: prefix hits, preemptions and chunked prompts, all in one run."""
     prompts = mixed_prompts(64)
     engine = engine_of(max_num_seqs=64, max_num_batched_tokens=96, page_size=16, max_model_len=256, num_pages=180)
-    requests = [engine.add(str(i), prompt, GREEDY)[0] for i, prompt in enumerate(prompts)]
+    long = replace(GREEDY, max_tokens=60)
+    requests = [engine.add(str(i), prompt, long)[0] for i, prompt in enumerate(prompts)]
     run(engine)
     scheduler = engine.scheduler
     assert scheduler.n_preemptions > 5 and engine.metrics.cached_tokens > 500, "the load was too light"
@@ -71,7 +73,7 @@ def test_64_greedy_requests_under_load_are_each_what_they_are_alone() -> None:
     ties: list[tuple[int, list[int]]] = []
     differing = []
     for i, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
-        expected = alone(lonely, prompt, GREEDY)
+        expected = alone(lonely, prompt, long)
         near = near_ties(prompt, request.output_token_ids)
         ties += [(i, near)] if near else []
         if request.output_token_ids != expected:
@@ -103,7 +105,7 @@ def test_draws_with_a_seed_are_the_same_whatever_runs_beside_them(small: Engine)
     expected = [alone(small, prompt, its) for prompt, its in zip(prompts, params, strict=True)]
     assert len({tuple(tokens) for tokens in expected}) == 4
     pressed = engine_of(max_num_seqs=8, max_num_batched_tokens=32, page_size=16, max_model_len=256, num_pages=24)
-    others = [pressed.add(f"other {i}", prompt, SamplingParams(max_tokens=20 + i, temperature=i % 2))[0]
+    others = [pressed.add(f"other {i}", prompt, SamplingParams(max_tokens=60 + i, temperature=i % 2))[0]
               for i, prompt in enumerate(mixed_prompts(6, seed=9))]
     run(pressed, until=5)
     requests = [pressed.add(f"mine {its.seed}", prompt, its)[0] for prompt, its in zip(prompts, params, strict=True)]
@@ -225,13 +227,13 @@ def test_logprobs_are_those_of_a_recomputation(n_prompt: int, small: Engine) -> 
 
 def test_logprobs_survive_preemption() -> None:
     engine = engine_of(max_num_seqs=4, max_num_batched_tokens=32, page_size=16, max_model_len=128, num_pages=9)
-    params = SamplingParams(temperature=0, max_tokens=30, logprobs=0, prompt_logprobs=0, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=60, logprobs=0, prompt_logprobs=0, ignore_eos=True)
     requests = [engine.add(str(i), source_tokens(34 + i, start=7 * i), params)[0] for i in range(3)]
     run(engine)
     assert engine.scheduler.n_preemptions
     for request in requests:
         assert request.prompt_logprobs is not None and request.logprobs is not None
-        assert len(request.prompt_logprobs) == request.n_prompt and len(request.logprobs) == 30
+        assert len(request.prompt_logprobs) == request.n_prompt and len(request.logprobs) == 60
         logits = logits_after(request.token_ids[:-1]).astype(np.float64)
         for place, entry in enumerate([*request.prompt_logprobs[1:], *request.logprobs]):
             assert entry is not None

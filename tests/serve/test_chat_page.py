@@ -117,7 +117,7 @@ def test_history_and_settings_are_sent(chat: Page, server: ScriptedServer) -> No
 
 def test_a_setting_out_of_range_is_shown_and_nothing_sent(chat: Page, server: ScriptedServer) -> None:
     chat.click("#toggle")
-    chat.fill("#max-tokens", "4097")  # of the 4096 that the model takes
+    chat.fill("#max-tokens", "4096")  # as many as the model takes, the prompt included
     chat.click("#toggle")
     chat.fill("#input", "Hi")
     chat.press("Enter")
@@ -377,12 +377,12 @@ def test_without_a_chat_template_text_is_continued(page: Page, server: ScriptedS
     page.open(server.url)
     page.wait(READY)
     assert page.evaluate("document.querySelector('#system').disabled")
-    assert page.evaluate("document.querySelector('#max-tokens').value") == "256"
+    assert page.evaluate("document.querySelector('#max-tokens').value") == "128"  # and room for a prompt
     page.press("Enter")  # there is nothing to continue yet
     exchange = ask(page, server, "def f(x):\n ")
     assert exchange.path == "/v1/completions"
     assert exchange.body == {"model": "tiny", "stream": True, "stream_options": {"include_usage": True},
-                             "max_tokens": 256, "prompt": "def f(x):\n "}
+                             "max_tokens": 128, "prompt": "def f(x):\n "}
     tell(page, exchange, "   return `x`\n\n\n```")
     assert page.texts(SAYS) == ["   return `x`\n\n\n```"]  # as it is
     page.press("Enter")  # nothing added: further on
