@@ -2,13 +2,17 @@
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from maxlike.cli import main
+from maxlike.cli import EMBEDDED_MODEL, main
+from maxlike.engine.async_engine import AsyncEngine
+from maxlike.engine.config import EngineConfig
 from maxlike.serve import command
 from maxlike.serve.config import ServeConfig
 from maxlike.serve.service import Service
+from tests.serve.fake_engine import FakeEngine
 
 
 @pytest.mark.parametrize(
@@ -51,27 +55,51 @@ def test_an_empty_file_of_keys_does_not_open_the_server(tmp_path: Path, capsys: 
 
 
 def test_flags_become_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[Service] = []
+    services: list[Service] = []
+    loaded: list[tuple[Any, ...]] = []
 
     def run(service: Service, bound: socket.socket) -> int:
-        found.append(service)
+        assert service.engine.is_ready
+        services.append(service)
         return 7
 
+    def load(model: str, config: EngineConfig, **options: Any) -> FakeEngine:
+        loaded.append((model, config, options))
+        engine = FakeEngine()
+        assert engine.tokenizer is not None
+        engine.tokenizer.chat_templates["default"] = options["chat_template"]
+        return engine
+
     (tmp_path / "keys").write_text("two\n\n three \n")
-    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    (tmp_path / "chat.jinja").write_text("<tool_call>")
     monkeypatch.setattr(command, "run_server", run)
-    # Its code is the command's, and so is the process's.
-    assert main([
+    monkeypatch.setattr(AsyncEngine, "from_model", load)
+    flags = [
         "serve", "--port", "0", "--api-key", "one", "--api-key-file", str(tmp_path / "keys"), "--served-model-name",
         "m", "--cors-origin", "https://a.example", "--max-concurrent-requests", "5", "--max-queue", "6",
         "--max-body-size", "2K", "--body-timeout", "3", "--drain-timeout", "4", "--chat-template",
-        str(tmp_path / "chat.jinja"), "--tool-format", "llama", "--max-num-seqs", "1", "--max-num-batched-tokens", "8",
-        "--max-model-len", "32", "--page-size", "16", "--num-pages", "2"]) == 7
-    (service,) = found
-    assert service.config == ServeConfig(
+        str(tmp_path / "chat.jinja"), "--max-num-seqs", "3", "--dtype", "float32"]
+    # The server's code is the command's.
+    assert main(flags) == 7
+    assert main([*flags, "--tool-format", "llama"]) == 7
+    found, other = services
+    assert found.config == ServeConfig(
         port=0, api_keys=("one", "two", "three"), served_model_name="m", max_body_bytes=2048, body_timeout=3,
         max_concurrent_requests=5, drain_timeout=4, cors_origins=("https://a.example",))
-    assert service.tool_format == "llama"
-    assert service.engine.max_queue == 6 and service.engine.max_model_len == 32
-    assert service.has_chat_template and service.engine.n_compiled > 0
-    assert not service.engine.is_ready  # it was closed behind the server
+    assert found.has_chat_template
+    assert (found.tool_format, other.tool_format) == ("hermes", "llama")  # the template's, or what is asked for
+    model, config, options = loaded[0]
+    assert model == str(EMBEDDED_MODEL) and config == EngineConfig(max_num_seqs=3, warm_up=True)
+    assert options["max_queue"] == 6 and options["chat_template"] == "<tool_call>" and options["dtype"] == "float32"
+    assert not found.engine.is_ready  # it was closed behind the server
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [(str(EMBEDDED_MODEL), "embedded"), (f"{EMBEDDED_MODEL}/", "embedded")]
+)
+def test_a_folders_name_is_the_models(model: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    services: list[Service] = []
+    monkeypatch.setattr(command, "run_server", lambda service, bound: services.append(service))
+    monkeypatch.setattr(AsyncEngine, "from_model", lambda *args, **options: FakeEngine())
+    assert main(["serve", model, "--port", "0"]) == 0
+    assert services[0].config.served_model_name == name
