@@ -29,6 +29,7 @@ async def chat_completions(service: Service, request: Request) -> Response:
     """The endpoint."""
     body = await read_body(request, ChatRequest, service.config)
     service.check_model(body.model)
+    service.check_count(1, body.n or 1)
     uses_tools = bool(body.tools) and body.tool_choice != "none"
     structured = _structured_output(service, body) if uses_tools else None
     if structured is None and body.response_format is not None:

@@ -32,6 +32,7 @@ async def completions(service: Service, request: Request) -> Response:
     if body.echo:
         service.tokenizer_for("echo")
     prompts = await service.token_ids(body.prompt)
+    service.check_count(len(prompts), body.n or 1)
     for prompt in prompts:
         service.room_for(len(prompt), body.max_tokens, "prompt")
     longest = max(map(len, prompts))

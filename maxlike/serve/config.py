@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+MAX_PROMPTS = 2048
+"""Most prompts or inputs in a request, as OpenAI has it."""
+
 
 @dataclass(frozen=True)
 class ServeConfig:

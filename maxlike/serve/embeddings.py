@@ -24,6 +24,7 @@ async def embeddings(service: Service, request: Request) -> Response:
     body = await read_body(request, EmbeddingRequest, service.config)
     service.check_model(body.model)
     prompts = await service.token_ids(body.input)
+    service.check_count(len(prompts), 1)
     for prompt in prompts:
         service.room_for(len(prompt), 0, "input")
     outputs = await service.admission.run(_embed(service, prompts), request.receive)

@@ -7,7 +7,6 @@ from importlib import resources
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-import maxlike
 from maxlike.serve.chat import chat_completions
 from maxlike.serve.completions import completions
 from maxlike.serve.embeddings import embeddings
@@ -87,7 +86,7 @@ async def page(service: Service, request: Request) -> Response:
 
 async def openapi(service: Service, request: Request) -> Response:
     """The description of all this."""
-    return JSONResponse(describe(ENDPOINTS, maxlike.__version__, with_key=bool(service.config.api_keys)))
+    return JSONResponse(describe(ENDPOINTS, with_key=bool(service.config.api_keys)))
 
 
 ENDPOINTS = (

@@ -56,7 +56,7 @@ class Endpoint:
     not_ready: bool = False
 
 
-def describe(endpoints: Sequence[Endpoint], version: str, *, with_key: bool) -> dict[str, Any]:
+def describe(endpoints: Sequence[Endpoint], *, with_key: bool) -> dict[str, Any]:
     """The document, OpenAPI 3.1. `with_key`: the server wants an API key."""
     models: list[tuple[type[BaseModel], JsonSchemaMode]] = [(ErrorReply, "serialization")]
     models += [(endpoint.body, "validation") for endpoint in endpoints if endpoint.body is not None]
@@ -97,5 +97,5 @@ def describe(endpoints: Sequence[Endpoint], version: str, *, with_key: bool) -> 
     components: dict[str, Any] = {"schemas": definitions["$defs"]}
     if with_key:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    return {"openapi": "3.1.0", "info": {"title": "maxlike", "version": version}, "paths": paths,
+    return {"openapi": "3.1.0", "info": {"title": "maxlike", "version": "1"}, "paths": paths,
             "components": components}

@@ -12,12 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pydantic import model_validator as validator
 
 from maxlike.engine.sampling_params import MAX_LOGPROBS, SamplingParams, StructuredOutput
+from maxlike.serve.config import MAX_PROMPTS
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
-MAX_PROMPTS = 2048
-"""Most prompts or inputs in a request, as OpenAI has it."""
 
 
 def _in_one_line(expected: str) -> WrapValidator:

@@ -44,7 +44,7 @@ def bind(config: ServeConfig) -> socket.socket:
 
 
 def run_server(service: Service, bound: socket.socket) -> int:
-    """Serves until a signal comes; returns the exit code.
+    """Serves until a signal comes, which only the main thread hears of; returns the exit code.
 
     The first SIGTERM or SIGINT ends it well: from then on `/ready` and new work are answered with 503, and what runs
     may finish for as long as `drain_timeout` says; the code is 0. The second ends it at once, with 128 and the

@@ -75,10 +75,6 @@ class Service:
             given = [prompts]  # type: ignore[list-item]
         else:
             given = prompts  # type: ignore[assignment]
-        limit = self.engine.max_queue
-        if limit is not None and len(given) > limit:
-            raise ApiError(400, f"The request has {len(given)} prompts; the server lets {limit} wait at most. Send "
-                           "fewer at a time.")
         if not isinstance(given[0], str):
             return given  # type: ignore[return-value]
         tokenizer = self.tokenizer_for("text")
@@ -86,6 +82,13 @@ class Service:
         if not all(token_ids):
             raise ApiError(400, "A prompt is empty: the model needs at least one token to go on from.", param="prompt")
         return token_ids
+
+    def check_count(self, n_prompts: int, n: int) -> None:
+        """Raises `ApiError` (400) for more continuations than the server would ever let wait."""
+        limit = self.engine.max_queue
+        if limit is not None and n_prompts * n > limit:
+            raise ApiError(400, f"The request asks for {n_prompts} * {n} continuations; the server takes {limit} at "
+                           "most. Send fewer at a time.", param="n" if n > 1 else None)
 
     def room_for(self, n_prompt: int, max_tokens: int | None, param: str) -> None:
         """Sees to it that a prompt fits, and its continuation where that has a length.

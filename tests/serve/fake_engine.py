@@ -52,6 +52,7 @@ class FakeEngine:
         self.calls: list[Call] = []
         self.full = False
         self.fails_after: int | None = None
+        self.failure: Exception = ValueError("the engine failed")
         self.error: BaseException | None = None
         self.is_ready = True
         self.fault: BaseException | None = None
@@ -88,7 +89,7 @@ class FakeEngine:
             scripts = [self._script(index, params) for index in range(params.n)]
             for place in range(max(map(len, scripts))):
                 if self.fails_after == place:
-                    raise ValueError("the engine failed")
+                    raise self.failure
                 yield [self._delta(index, script, place, prompt, params) for index, script in enumerate(scripts)
                        if place < len(script)]
                 while not self.may_go_on.is_set():

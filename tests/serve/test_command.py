@@ -9,7 +9,7 @@ import pytest
 from maxlike.cli import EMBEDDED_MODEL, main
 from maxlike.engine.async_engine import AsyncEngine
 from maxlike.engine.config import EngineConfig
-from maxlike.serve import command
+from maxlike.serve import server
 from maxlike.serve.config import ServeConfig
 from maxlike.serve.service import Service
 from tests.serve.fake_engine import FakeEngine
@@ -72,7 +72,7 @@ def test_flags_become_the_configuration(tmp_path: Path, monkeypatch: pytest.Monk
 
     (tmp_path / "keys").write_text("two\n\n three \n")
     (tmp_path / "chat.jinja").write_text("<tool_call>")
-    monkeypatch.setattr(command, "run_server", run)
+    monkeypatch.setattr(server, "run_server", run)
     monkeypatch.setattr(AsyncEngine, "from_model", load)
     flags = [
         "serve", "--port", "0", "--api-key", "one", "--api-key-file", str(tmp_path / "keys"), "--served-model-name",
@@ -99,7 +99,7 @@ def test_flags_become_the_configuration(tmp_path: Path, monkeypatch: pytest.Monk
 )
 def test_a_folders_name_is_the_models(model: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     services: list[Service] = []
-    monkeypatch.setattr(command, "run_server", lambda service, bound: services.append(service))
+    monkeypatch.setattr(server, "run_server", lambda service, bound: services.append(service))
     monkeypatch.setattr(AsyncEngine, "from_model", lambda *args, **options: FakeEngine())
     assert main(["serve", model, "--port", "0"]) == 0
     assert services[0].config.served_model_name == name

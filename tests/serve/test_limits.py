@@ -9,6 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from maxlike.engine.async_engine import EngineDeadError
 from maxlike.serve.config import ServeConfig
 from maxlike.serve.service import Service
 from tests.serve.fake_engine import FakeEngine
@@ -84,14 +85,20 @@ def test_a_full_server_turns_away_but_can_be_watched() -> None:
     assert len(engine.calls) == 3
 
 
-def test_more_prompts_than_the_queue_takes_will_never_do(
+def test_more_than_the_queue_takes_will_never_do(
     client: httpx2.Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "max_queue", 3)
-    for path, key in (("/v1/completions", "prompt"), ("/v1/embeddings", "input")):
-        reply = client.post(path, json={key: ["x"] * 4})
-        assert reply.status_code == 400 and "3" in reply.json()["error"]["message"]
-        assert client.post(path, json={key: ["x"] * 3}).status_code == 200
+    monkeypatch.setattr(engine, "max_queue", 6)
+    chat = POSTS["/v1/chat/completions"]
+    for path, few, many in (
+        ("/v1/completions", {"prompt": ["x"] * 6}, {"prompt": ["x"] * 7}),
+        ("/v1/completions", {"prompt": ["x"] * 2, "n": 3}, {"prompt": ["x"] * 2, "n": 4}),
+        ("/v1/chat/completions", chat | {"n": 6}, chat | {"n": 7}),
+        ("/v1/embeddings", {"input": ["x"] * 6}, {"input": ["x"] * 7}),
+    ):
+        reply = client.post(path, json=many)
+        assert reply.status_code == 400 and "6 at most" in reply.json()["error"]["message"]
+        assert client.post(path, json=few).status_code == 200
 
 
 @contextmanager
@@ -163,6 +170,17 @@ def test_pages_elsewhere_may_call_only_where_allowed() -> None:
         reply = client.post("/v1/completions", json={"prompt": "x"}, headers={"Origin": "https://a.example"})
         assert "access-control-allow-origin" not in reply.headers
         assert client.options("/v1/completions", headers=ask).status_code == 405
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_has_died(client: httpx2.Client, engine: FakeEngine, stream: bool) -> None:
+    body = {"prompt": "x", "stream": stream}
+    engine.fails_after, engine.failure = 0, EngineDeadError("it ended")
+    reply = client.post("/v1/completions", json=body)
+    assert reply.status_code == 503 and reply.json()["error"]["code"] == "engine_dead"
+    engine.fails_after = 2
+    reply = client.post("/v1/completions", json=body)
+    assert reply.status_code == (200 if stream else 503) and '"code":"engine_dead"' in reply.text
 
 
 def test_health_and_readiness(client: httpx2.Client, engine: FakeEngine, service: Service) -> None:

@@ -23,7 +23,7 @@ load_all_checks()
 CHECKS = [schemathesis.checks.CHECKS.get_one(name) for name in (
     "not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance",
     "negative_data_rejection", "unsupported_method")]
-SCHEMA = schemathesis.openapi.from_dict(describe(ENDPOINTS, "0", with_key=False))
+SCHEMA = schemathesis.openapi.from_dict(describe(ENDPOINTS, with_key=False))
 
 
 def settings(max_examples: int) -> hypothesis.settings:
