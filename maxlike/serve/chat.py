@@ -86,18 +86,12 @@ class _Answer:
 
     def _whole_choice(self, index: int, done: Continuation) -> ChatChoice:
         choice = self._choices[index]
-        content, deltas = choice.push(done.text, last=True)
-        calls: dict[int, dict[str, Any]] = {}
-        for delta in deltas:
-            call = calls.setdefault(delta["index"], {"id": "", "function": {"name": "", "arguments": ""}})
-            call["id"] += delta.get("id") or ""
-            for key, piece in delta["function"].items():
-                call["function"][key] += piece or ""
+        content, calls = choice.push(done.text, last=True)
         logprobs = None
         if self._params.logprobs is not None:
             logprobs = ChatLogprobs(content=self._logprobs(done))
         message = AssistantMessage(content=content if content or not calls else None,
-                                   tool_calls=[ToolCall(**call) for _, call in sorted(calls.items())] or None)
+                                   tool_calls=[ToolCall(**call) for call in calls] or None)
         return ChatChoice(index=index, message=message, logprobs=logprobs, stop_reason=done.stop_reason,
                           finish_reason=choice.finish_reason(done.finish_reason))
 

@@ -29,10 +29,11 @@ from maxlike.serve.replies import (
     ModelList,
     Prompt,
     Status,
+    TokenizerInfo,
     Tokens,
 )
 from maxlike.serve.service import Service
-from maxlike.serve.tokenization import detokenize, tokenize
+from maxlike.serve.tokenization import detokenize, tokenize, tokenizer_info
 
 _PAGE_POLICY = "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'"
 
@@ -95,9 +96,12 @@ ENDPOINTS = (
     Endpoint("POST", "/v1/completions", completions, "Continue a text", CompletionRequest, Completion, streams=True),
     Endpoint("POST", "/v1/embeddings", embeddings, "Embed texts", EmbeddingRequest, Embeddings),
     Endpoint("GET", "/v1/models", list_models, "The model, in a list", reply=ModelList),
-    Endpoint("GET", "/v1/models/{model:path}", get_model, "The model by its name", reply=ModelCard),
+    Endpoint("GET", "/v1/models/{model:path}", get_model, "The model by its name", reply=ModelCard,
+             may_lack=True),
     Endpoint("POST", "/tokenize", tokenize, "Text to token ids", TokenizeRequest, Tokens),
     Endpoint("POST", "/detokenize", detokenize, "Token ids to text", DetokenizeRequest, Prompt),
+    Endpoint("GET", "/tokenizer_info", tokenizer_info, "Special tokens and chat template", reply=TokenizerInfo,
+             may_lack=True),
     Endpoint("GET", "/health", health, "Whether the engine lives", reply=Status, not_ready=True),
     Endpoint("GET", "/ready", ready, "Whether new requests are welcome", reply=Status, not_ready=True),
     Endpoint("GET", "/metrics", metrics, "Figures for Prometheus", media_type="text/plain"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -28,6 +28,8 @@ class ServeMetrics:
                                      buckets=_SHORT, registry=self._registry)
         self.end_to_end = Histogram("maxlike_e2e_request_latency_seconds", "From a request's arrival to its end.",
                                     buckets=_LONG, registry=self._registry)
+        self.in_flight = Gauge("maxlike_http_requests_in_flight", "Requests with a body that are not answered yet.",
+                               registry=self._registry)
         self.responses = Counter("maxlike_http_responses", "Answers by status code; 499: the client hung up.",
                                  ["status"], registry=self._registry)
 

@@ -19,7 +19,7 @@ from maxlike.serve.service import Service
 _ERRORS = {
     400: "The request is not as it should be.",
     401: "No API key, or one that the server does not know.",
-    404: "There is no such model.",
+    404: "There is no such thing here.",
     408: "The request's body did not come in time.",
     413: "The request's body is too long.",
     415: "The request's body is not JSON in UTF-8.",
@@ -40,6 +40,7 @@ class Endpoint:
         reply: of the answer; `None` where no model describes it.
         media_type: of the answer.
         streams: whether the answer may come as server-sent events instead.
+        may_lack: whether 404 is an answer, though the path is there.
         not_ready: whether 503 is an answer with the same body as 200.
     """
 
@@ -51,6 +52,7 @@ class Endpoint:
     reply: type[BaseModel] | None = None
     media_type: str = "application/json"
     streams: bool = False
+    may_lack: bool = False
     not_ready: bool = False
 
 
@@ -77,7 +79,7 @@ def describe(endpoints: Sequence[Endpoint], version: str, *, with_key: bool) -> 
             responses["503"] = {"description": "No.", "content": content}
         named = re.findall(r"{(\w+)}", path)
         statuses = [401] if with_key and endpoint.path not in OPEN_PATHS else []
-        statuses += [404] if named else []
+        statuses += [404] if endpoint.may_lack else []
         statuses += [400, 404, 408, 413, 415, 429, 503] if endpoint.body is not None else []
         for status in sorted(statuses):
             responses[str(status)] = {"description": _ERRORS[status], "content": error}

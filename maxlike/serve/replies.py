@@ -202,6 +202,16 @@ class Prompt(BaseModel):
     prompt: str
 
 
+class TokenizerInfo(BaseModel):
+    """Of `GET /tokenizer_info`: what a client needs to build prompts of its own."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
+
+
 class Status(BaseModel):
     """Of `GET /health` and `GET /ready`."""
 

@@ -35,6 +35,7 @@ class Service:
         self.engine, self.config, self.tool_format = engine, config, tool_format
         self.admission = Admission(config)
         self.metrics = ServeMetrics(engine.metrics)
+        self.metrics.in_flight.set_function(lambda: self.admission.in_flight)
         self.names = TokenNames(engine.tokenizer)
         self.created = int(time.time())
 

@@ -1,4 +1,4 @@
-"""`POST /tokenize` and `POST /detokenize`, as vLLM has them."""
+"""`/tokenize`, `/detokenize` and `/tokenizer_info`, as vLLM has them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from starlette.responses import Response
 
 from maxlike.serve.body import read_body
 from maxlike.serve.conversation import conversation_ids
+from maxlike.serve.errors import ApiError
 from maxlike.serve.json_reply import JsonReply
 from maxlike.serve.protocol import DetokenizeRequest, TokenizeRequest
-from maxlike.serve.replies import Prompt, Tokens
+from maxlike.serve.replies import Prompt, TokenizerInfo, Tokens
 from maxlike.serve.service import Service, in_thread
 
 
@@ -35,3 +36,13 @@ async def detokenize(service: Service, request: Request) -> Response:
     service.check_model(body.model)
     tokenizer = service.tokenizer_for("detokenize")
     return JsonReply(Prompt(prompt=await in_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)))
+
+
+async def tokenizer_info(service: Service, request: Request) -> Response:
+    """The special tokens and the chat template."""
+    tokenizer = service.engine.tokenizer
+    if tokenizer is None:
+        raise ApiError(404, "The model has no tokenizer.")
+    return JsonReply(TokenizerInfo(bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token,
+                                   pad_token=tokenizer.pad_token, unk_token=tokenizer.unk_token,
+                                   chat_template=tokenizer.chat_template))

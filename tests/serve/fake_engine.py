@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 from maxlike.cli import EMBEDDED_MODEL
 from maxlike.engine.async_engine import QueueFullError
+from maxlike.engine.config import EngineConfig
 from maxlike.engine.metrics import EngineMetrics
 from maxlike.engine.output import Delta, EmbeddingOutput, Logprob
 from maxlike.engine.sampling_params import SamplingParams
@@ -55,6 +56,18 @@ class FakeEngine:
         self.is_ready = True
         self.fault: BaseException | None = None
         self.may_go_on.set()
+
+    n_compiled, compile_s = 0, 0.0
+
+    @property
+    def config(self) -> EngineConfig:
+        return EngineConfig(page_size=16)
+
+    def start(self) -> None:
+        self.is_ready = True
+
+    def close(self) -> None:
+        self.is_ready = False
 
     def check(self, prompt: list[int], params: SamplingParams) -> None:
         if self.fault is not None:

@@ -1,5 +1,6 @@
 """/v1/chat/completions: what the template is given, and how what comes of it is put."""
 
+import json
 from typing import Any
 
 import httpx2
@@ -121,3 +122,73 @@ def test_a_stream_adds_up_to_the_whole(client: httpx2.Client, more: dict[str, An
         if choice["logprobs"] is not None:
             content = [entry for part in parts if part["logprobs"] for entry in part["logprobs"]["content"]]
             assert content == choice["logprobs"]["content"]
+
+
+# -- tools
+
+TOOL = {"type": "function", "function": {"name": "f", "description": "does", "parameters": {
+    "type": "object", "properties": {"a": {"type": "integer"}}}}}
+CALL = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+
+
+def test_calls_are_found_in_what_the_model_writes(client: httpx2.Client, engine: FakeEngine) -> None:
+    engine.reply = f" Let me see.\n{CALL}\n{CALL.replace('1', '2')}"
+    choice = chat(client, tools=[TOOL])["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"].strip() == "Let me see."
+    first, second = choice["message"]["tool_calls"]
+    assert first["type"] == "function" and first["id"] != second["id"]
+    assert [call["function"]["name"] for call in (first, second)] == ["f", "f"]
+    assert [json.loads(call["function"]["arguments"]) for call in (first, second)] == [{"a": 1}, {"a": 2}]
+    # The template has seen the tools, as they were given.
+    assert f"<tools>{json.dumps([TOOL])}</tools>" in prompt_text(engine)
+    assert engine.calls[0].params == SamplingParams(max_tokens=None, skip_special_tokens=False)
+
+
+def test_calls_in_a_stream(client: httpx2.Client, engine: FakeEngine) -> None:
+    engine.reply = f" Well.\n{CALL}"
+    reply = client.post("/v1/chat/completions", json={"messages": USER, "tools": [TOOL], "stream": True})
+    parts = [part for chunk in events(reply.text) for part in chunk["choices"]]
+    (call,) = [call for part in parts for call in part["delta"].get("tool_calls", ())]
+    assert call["index"] == 0 and call["function"]["name"] == "f" and call["id"]
+    assert json.loads(call["function"]["arguments"]) == {"a": 1}
+    assert "".join(part["delta"].get("content", "") for part in parts).strip() == "Well."
+    assert parts[-1]["finish_reason"] == "tool_calls"
+
+
+def test_one_call_alone(client: httpx2.Client, engine: FakeEngine) -> None:
+    engine.reply = f"{CALL}\n{CALL}"
+    choice = chat(client, tools=[TOOL], parallel_tool_calls=False)["choices"][0]
+    assert len(choice["message"]["tool_calls"]) == 1 and choice["message"]["content"] is None
+
+
+def test_what_breaks_off_is_content(client: httpx2.Client, engine: FakeEngine) -> None:
+    engine.reply = CALL
+    choice = chat(client, tools=[TOOL], max_tokens=6)["choices"][0]
+    assert choice["finish_reason"] == "length" and choice["message"]["tool_calls"] is None
+    assert CALL.startswith(choice["message"]["content"]) and choice["message"]["content"]
+
+
+def test_without_tools_calls_are_text(client: httpx2.Client, engine: FakeEngine) -> None:
+    engine.reply = CALL
+    for more in ({}, {"tools": [TOOL], "tool_choice": "none"}):
+        choice = chat(client, **more)["choices"][0]
+        assert choice["message"]["content"] == CALL and choice["finish_reason"] == "stop"
+        assert "<tools>" not in prompt_text(engine)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}])
+def test_a_forced_call_has_a_grammar(client: httpx2.Client, engine: FakeEngine, choice: Any) -> None:
+    engine.reply = CALL
+    strict = {"type": "function", "function": TOOL["function"] | {"strict": True}}  # type: ignore[operator]
+    chat(client, tools=[strict], tool_choice=choice)
+    params = engine.calls[0].params
+    assert params is not None and params.structured_output is not None
+    assert params.structured_output.grammar is not None and '\\"f\\"' in params.structured_output.grammar
+
+
+def test_a_model_whose_calls_nobody_knows() -> None:
+    with serving(FakeEngine(), tool_format=None) as (client, _):
+        reply = client.post("/v1/chat/completions", json={"messages": USER, "tools": [TOOL]})
+        assert reply.status_code == 400 and "--tool-format" in reply.json()["error"]["message"]
+        chat(client, tools=[TOOL], tool_choice="none")
