@@ -132,7 +132,8 @@ def _text(wanted: StructuredOutput) -> str:
             raise ValueError(f"it is an object, true or false, not {schema!r:.100}")
         if schema is False:
             raise ValueError("false, which allows nothing")
-        return matcher.grammar_from_json_schema(_checked(json.dumps(as_held({} if schema is True else schema), allow_nan=False)))
+        schema = as_held({} if schema is True else schema)
+        return matcher.grammar_from_json_schema(_checked(json.dumps(schema, allow_nan=False)))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"This JSON schema is not possible: {error}.") from error
 
