@@ -64,31 +64,31 @@ class Maxlike:
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
         import jax
 
-        from maxlike.engine.runner import ModelRunner
-        from maxlike.engine.sampling_params import SamplingParams
+        from maxlike.engine.config import EngineConfig
+        from maxlike.engine.engine import Engine
         from maxlike.models.build import build_model
         from maxlike.models.registry import family_of
 
         if task["tp"] > len(jax.devices()):
             raise ValueError(f"--tp {task['tp']} was asked for; there are {len(jax.devices())} devices "
                              f"({jax.default_backend()}).")
-        self.task, self.greedy = task, SamplingParams(temperature=0)
+        self.task, self.n_requests = task, 0
         config = family_of(task["config"]).parse(task["config"])
         model = build_model(config, devices=jax.devices()[:task["tp"]], dtype=task["dtype"],
                             use_subgraphs=task["use_subgraphs"])
         self.kv, self.device = model.kv_params, jax.devices()[0]
 
-        def runner(n_sequences: int, n_tokens: int) -> ModelRunner:
-            pages = self.kv.pages_for(n_tokens)
-            return ModelRunner(model, n_sequences * pages, n_sequences, pages)
-
+        n_prompt, n_sequences = task["prompt_tokens"], max(task["batch"])
+        longest = max(n_prompt + 1, task["context"] + WARM_UP_STEPS + task["steps"] + 3)
+        self.engine = Engine(model, config, EngineConfig(
+            max_num_seqs=n_sequences, max_num_batched_tokens=max(n_prompt, n_sequences), max_model_len=longest,
+            num_pages=n_sequences * self.kv.pages_for(longest), enable_prefix_caching=False))
         start = time.perf_counter()
-        self.prefill_runner = runner(1, task["prompt_tokens"])
-        self.prefill_runner.compile(task["prompt_tokens"])
-        longest = task["context"] + WARM_UP_STEPS + task["steps"]
-        self.runners = {s: runner(s, longest) for s in task["batch"]}
-        for s, decode in self.runners.items():
-            decode.compile(s)
+        runner = self.engine.runner
+        for n in {n_prompt, *task["batch"]}:
+            runner.compile("forward", runner.token_bucket(n))
+        for n in {1, *task["batch"]}:
+            runner.compile("greedy", runner.row_bucket(n))
         self.compile_s = time.perf_counter() - start
         self.weights, self.streamed = _bytes({".".join(names): param.get_value() for names, param in _named(model)},
                                              tied=config.tie_word_embeddings)
@@ -103,35 +103,47 @@ class Maxlike:
                 "kv_bytes_per_token": self.kv.n_layers * self.kv.n_kv_heads * 2 * self.kv.head_dim
                 * np.dtype(self.kv.dtype).itemsize}
 
+    def add(self, n: int, prompt_tokens: int, max_tokens: int) -> None:
+        """`n` requests of random tokens."""
+        from maxlike.engine.sampling_params import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        rng = np.random.default_rng(self.n_requests)
+        for _ in range(n):
+            self.n_requests += 1
+            prompt = rng.integers(self.task["config"]["vocab_size"], size=prompt_tokens).tolist()
+            self.engine.add(str(self.n_requests), prompt, params)
+
     def prefill(self) -> Timing:
-        """One prompt into an empty cache, in one step."""
-        n = self.task["prompt_tokens"]
-        table = np.arange(self.prefill_runner.pages_per_sequence, dtype=np.int32)[None]
-        prompt = np.random.default_rng(0).integers(self.task["config"]["vocab_size"], size=n, dtype=np.int32)
+        """One prompt into an empty cache, in one step, and its first token."""
+        self.add(1, self.task["prompt_tokens"], 1)
 
         def run() -> None:
-            self.prefill_runner.step(prompt, np.array([0, n], np.int32), np.zeros(1, np.int32), table, self.greedy,
-                                     0).block_until_ready()
+            while self.engine.has_work():
+                self.engine.step()
 
         return timed(run)
 
     def decode(self, batch: int) -> Timing:
-        """`steps` steps of `batch` sequences, from a cache of `context` tokens (zeros, which take as long)."""
-        runner = self.runners[batch]
-        table = np.arange(batch * runner.pages_per_sequence, dtype=np.int32).reshape(batch, -1)
-        offsets = np.arange(batch + 1, dtype=np.int32)
-        lengths = np.full(batch, self.task["context"], np.int32)
-        tokens: Any = np.arange(batch, dtype=np.int32)
+        """`steps` steps of `batch` sequences, each behind `context` tokens."""
+        engine, first = self.engine, self.n_requests
+        self.add(batch, self.task["context"], WARM_UP_STEPS + self.task["steps"] + 3)
 
         def run(n_steps: int) -> None:
-            nonlocal tokens, lengths
             for _ in range(n_steps):
-                tokens = runner.step(tokens, offsets, lengths, table, self.greedy, 0)
-                lengths = lengths + 1
-            tokens.block_until_ready()
+                engine.step()
+            engine._pending.tokens.block_until_ready()  # type: ignore[union-attr]
 
+        while engine.scheduler.decoding.sum() < batch:
+            engine.step()
         run(WARM_UP_STEPS)
-        return timed(lambda: run(self.task["steps"]))
+        timing = timed(lambda: run(self.task["steps"]))
+        assert engine.scheduler.decoding.sum() == batch, "a sequence has ended"
+        for i in range(first, self.n_requests):
+            engine.cancel(str(i + 1))
+        while engine.has_work():
+            engine.step()
+        return timing
 
     def bandwidth(self) -> float:
         """Bytes a second, over all devices: read by all cores on CPU, elsewhere copied on the devices."""

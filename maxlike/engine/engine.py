@@ -380,9 +380,12 @@ class Engine:
             self._finish(request, "stop", request.detokenizer.stopped_by)
             return True
         if request.grammar is not None:
-            request.grammar.accept(token)
-            if request.grammar.is_finished:  # or has become too large to follow
-                self._finish(request, "stop" if request.grammar.error is None else "abort", request.grammar.error)
+            followed = request.grammar.accept(token)
+            if request.grammar.error is not None or not followed:  # it is too large, or no token was allowed
+                self._finish(request, "abort", request.grammar.error or f"token {token} is not in the grammar")
+                return True
+            if request.grammar.is_finished:
+                self._finish(request, "stop")
                 return True
         return False
 

@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import llguidance
 import numpy as np
@@ -131,12 +132,19 @@ def _text(wanted: StructuredOutput) -> str:
             raise ValueError(f"it is an object, true or false, not {schema!r:.100}")
         if schema is False:
             raise ValueError("false, which allows nothing")
-        # `lenient` would leave out what it does not know without a word.
-        return matcher.grammar_from_json_schema(
-            _checked(json.dumps({} if schema is True else schema)), overrides={"lenient": False},
-            defaults={"whitespace_pattern": rf"[ \t\n\r]{{1,{MAX_WHITESPACE}}}"})
+        schema = as_held({} if schema is True else schema)
+        return matcher.grammar_from_json_schema(_checked(json.dumps(schema, allow_nan=False)))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"This JSON schema is not possible: {error}.") from error
+
+
+def as_held(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON schema with llguidance's options: nothing that it does not know is passed over, and whitespace ends."""
+    own = schema.get("x-guidance", {})
+    if not isinstance(own, Mapping):
+        raise ValueError(f"x-guidance must be an object; got {own!r:.100}")
+    bounded = {"whitespace_pattern": rf"[ \t\n\r]{{1,{MAX_WHITESPACE}}}"}
+    return {**schema, "x-guidance": {**bounded, **own, "lenient": False}}
 
 
 def _checked(text: str) -> str:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort"]
-"""`stop`: a token or text that ends the output; `length`: as many tokens as asked for or as fit; `abort`: cancelled."""
+"""`stop`: a token or text that ends the output; `length`: as many tokens as asked for or as fit; `abort`: cancelled, or
+its grammar could not be followed, as `stop_reason` tells."""
 
 
 class Logprob(NamedTuple):

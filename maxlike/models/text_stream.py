@@ -199,7 +199,6 @@ class _ByteLevelStream(TextStream):
 
     def flush(self) -> str:
         rest = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
         self._ready = self._table.known
         return rest
 
