@@ -69,8 +69,9 @@ class ModelRunner:
         self.n_pages, self.n_compiled, self.compile_s = 0, 0, 0.0
         self._programs: dict[tuple[str, int], jax.stages.Compiled] = {}
         self._replicated = NamedSharding(model.mesh, P())
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            self._row = jax.eval_shape(model.embedding, jax.ShapeDtypeStruct((1,), jnp.int32))
+        embedding, state = nnx.split(model.embedding)
+        self._row = jax.eval_shape(self._jit(lambda state, ids: nnx.merge(embedding, state)(ids)), state,
+                                   jax.ShapeDtypeStruct((1,), jnp.int32))
         self._state_shapes = jax.eval_shape(partial(empty_state, self.n_slots, self.vocab_size))
         self.set_weights(model)
 

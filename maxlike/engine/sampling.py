@@ -252,7 +252,7 @@ def _exponentials(seed: jax.Array, draw: jax.Array, n: int) -> jax.Array:
     def words(seed: jax.Array, draw: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), draw)
         # Threefry makes two words at a time, of which jax.random.bits throws one away and a split none.
-        return jax.random.key_data(jax.random.split(key, -(-n // 2))).reshape(-1)[:n]
+        return jax.random.key_data(jax.random.split(key, -(-n // 2))).T.reshape(-1)[:n]
 
     # Small ones win races, so they are the ones that need all the bits.
     uniform = jax.vmap(words)(seed, draw).astype(jnp.float32) * 2.0**-32 + 2.0**-33
