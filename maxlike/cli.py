@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
 
     add_serve_command(commands, str(EMBEDDED_MODEL))
-    add_bench_command(commands, str(EMBEDDED_MODEL))
+    add_bench_command(commands, str(EMBEDDED_MODEL), maxlike.__version__)
     return parser
 
 

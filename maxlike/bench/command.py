@@ -90,10 +90,10 @@ class OnlineConfig:
         return values | {"objectives": self.objectives and asdict(self.objectives)}
 
 
-def add_command(commands: Any, embedded_model: str) -> None:
+def add_command(commands: Any, embedded_model: str, version: str) -> None:
     """Adds `bench` to the subparsers `commands` of the command line.
 
-    `embedded_model` is measured where none is named.
+    `embedded_model` is measured where none is named; reports tell maxlike's `version`.
     """
     bench = commands.add_parser("bench", help="measure throughput and latency",
                                 description="Measure latency of a server under load, or the engine's throughput.")
@@ -103,14 +103,14 @@ def add_command(commands: Any, embedded_model: str) -> None:
         "throughput and errors, for one load or several. Without --base-url a server of its own is started for "
         "--model, and stopped at the end."))
     _add_online_flags(online)
-    online.set_defaults(run=lambda args: _online(args, embedded_model))
+    online.set_defaults(run=lambda args: _online(args, embedded_model, version))
 
 
     offline = kinds.add_parser("offline", help="throughput of the engine in this process", description=(
         "Give the engine all requests at once, and report requests and tokens a second. Programs are compiled "
         "beforehand."))
     _add_offline_flags(offline, embedded_model)
-    offline.set_defaults(run=_offline)
+    offline.set_defaults(run=lambda args: _offline(args, version))
 
 
 def _add_online_flags(parser: argparse.ArgumentParser) -> None:
@@ -204,7 +204,7 @@ def _online_config(args: argparse.Namespace) -> OnlineConfig:
         server_args=tuple(args.server_args))
 
 
-def _online(args: argparse.Namespace, embedded_model: str) -> None:
+def _online(args: argparse.Namespace, embedded_model: str, version: str) -> None:
     config, workload_config = _online_config(args), _workload_config(args)
     if args.plot is not None:
         check_plot(args.plot)
@@ -226,8 +226,9 @@ def _online(args: argparse.Namespace, embedded_model: str) -> None:
     for said in _about_file(workload):
         print(said, file=out)
     if args.json is not None:
-        write_json(document("online", config.as_json() | {"served_model": model, "workload": _as_json(workload_config)},
-                            repeated_prompts=workload.repeated, left_out_prompts=workload.left_out,
+        shown = config.as_json() | {"served_model": model, "workload": _as_json(workload_config)}
+        write_json(document("online", version, shown, repeated_prompts=workload.repeated,
+                            left_out_prompts=workload.left_out,
                             levels=[figures.as_json() for figures in levels]), args.json)
     if not any(figures.completed for figures in levels):
         error = levels[0].errors[0]
@@ -236,7 +237,7 @@ def _online(args: argparse.Namespace, embedded_model: str) -> None:
         plot(levels, args.plot, f"{model}: {workload}")
 
 
-def _offline(args: argparse.Namespace) -> None:
+def _offline(args: argparse.Namespace, version: str) -> None:
     if args.rounds < 1 or args.warmup < 0:
         raise ValueError(f"--rounds must be at least 1, and --warmup at least 0; got {args.rounds} and {args.warmup}.")
     workload_config = _workload_config(args)
@@ -259,8 +260,9 @@ def _offline(args: argparse.Namespace) -> None:
         config = {"model": args.model, "engine": asdict(engine_config), "tp": len(devices), "dtype": args.dtype,
                   "kv_cache_dtype": args.kv_cache_dtype, "attention": args.attention, "warm_up": args.warmup,
                   "workload": _as_json(workload_config)}
-        write_json(document("offline", config, jax=jax.__version__, devices=devices, repeated_prompts=workload.repeated,
-                            left_out_prompts=workload.left_out, **figures.as_json()), args.json)
+        write_json(document("offline", version, config, jax=jax.__version__, devices=devices,
+                            repeated_prompts=workload.repeated, left_out_prompts=workload.left_out,
+                            **figures.as_json()), args.json)
 
 
 def _workload(config: OnlineConfig, workload: WorkloadConfig, checkpoint: Path | None) -> Workload:

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import maxlike
 from maxlike.bench.figures import Distribution, LevelFigures
 
 SCHEMA_VERSION = 1
@@ -83,13 +82,14 @@ def caveats(figures: LevelFigures) -> list[str]:
     return found
 
 
-def document(benchmark: Literal["online", "offline"], config: dict[str, Any], **results: Any) -> dict[str, Any]:
-    """A report for JSON: which benchmark, when, with what, and its results."""
+def document(benchmark: Literal["online", "offline"], version: str, config: dict[str, Any],
+             **results: Any) -> dict[str, Any]:
+    """A report for JSON: which benchmark, when, of which version of maxlike, with what, and its results."""
     return {
         "schema_version": SCHEMA_VERSION,
         "benchmark": benchmark,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "maxlike": maxlike.__version__,
+        "maxlike": version,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "config": config,

@@ -194,7 +194,7 @@ def _sample(logits: jax.Array, rows: Rows, state: SlotState, mask: jax.Array) ->
 
     def adjusted() -> jax.Array:
         x = lax.cond(masked.any(), lambda: _mask(logits, mask, masked), lambda: logits)
-        x = lax.cond(penalised.any(), lambda: _penalise(x, rows, state, penalised), lambda: x)
+        x = lax.cond(penalised.any(), lambda: _penalise(x, rows, state), lambda: x)
         return lax.cond(edited.any(), lambda: _edit(x, rows, state, edited), lambda: x)
 
     tokens = _pick(lax.cond((masked | penalised | edited).any(), adjusted, lambda: logits), rows)
@@ -209,12 +209,13 @@ def _mask(x: jax.Array, mask: jax.Array, masked: jax.Array) -> jax.Array:
     return jnp.where(allowed | ~masked[:, None], x, -jnp.inf)
 
 
-def _penalise(x: jax.Array, rows: Rows, state: SlotState, penalised: jax.Array) -> jax.Array:
+def _penalise(x: jax.Array, rows: Rows, state: SlotState) -> jax.Array:
+    # Penalties of 1 and 0 leave a row as it is.
     counts = state.counts.at[rows.slots].get(mode="fill", fill_value=0)
     seen = (counts > 0) | state.in_prompt.at[rows.slots].get(mode="fill", fill_value=False)
     repetition, frequency, presence = (column[:, None] for column in (rows.repetition, rows.frequency, rows.presence))
     repeated = jnp.where(seen, jnp.where(x > 0, x / repetition, x * repetition), x)
-    return jnp.where(penalised[:, None], repeated - frequency * counts - presence * (counts > 0), x)
+    return repeated - frequency * counts - presence * (counts > 0)
 
 
 def _edit(x: jax.Array, rows: Rows, state: SlotState, edited: jax.Array) -> jax.Array:

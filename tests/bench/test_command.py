@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +30,7 @@ FAKE_SERVER = [sys.executable, str(Path(__file__).with_name("socket_server.py"))
 
 def bench(*argv: str) -> None:
     parser = argparse.ArgumentParser()
-    add_command(parser.add_subparsers(), str(EMBEDDED))
+    add_command(parser.add_subparsers(), str(EMBEDDED), "1.2.3")
     args = parser.parse_args(["bench", *argv])
     args.run(args)
 
@@ -68,7 +67,7 @@ def test_several_loads_with_json_and_plot(server: FakeServer, tmp_path: Path,
     assert [level["completed"] for level in report["levels"]] == [6, 6]
     assert [level["output_tokens"] for level in report["levels"]] == [18, 18]
     assert [level["good_share"] for level in report["levels"]] == [1, 1]
-    assert report["benchmark"] == "online"
+    assert (report["benchmark"], report["maxlike"]) == ("online", "1.2.3")
     assert report["config"]["served_model"] == "named"
     assert report["config"]["workload"]["output_len"] == "3"
     assert report["config"]["objectives"] == {"ttft": 60000, "tpot": None, "e2e": None}
@@ -243,25 +242,19 @@ def test_own_server_that_says_nothing() -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_terminated_it_stops_its_server(tmp_path: Path) -> None:
-    marker, started = tmp_path / "marker", tmp_path / "started"
+    marker = tmp_path / "marker"
     program = f"""
-import asyncio, pathlib, time
-from maxlike.bench.command import _orderly_at_sigterm
-from maxlike.bench.own_server import own_server
-
-async def forever():
-    pathlib.Path({str(started)!r}).touch()
-    await asyncio.sleep(60)
-
-with _orderly_at_sigterm(), own_server({[*FAKE_SERVER, "steady", str(marker)]!r}):
-    asyncio.run(forever())
+from maxlike.bench import command
+command.serve_command = lambda model, arguments=(): {[*FAKE_SERVER, "steady", str(marker)]!r}
+from maxlike.cli import main
+main(["bench", "online", "--request-rate", "0.01"])
 """
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    until = time.monotonic() + 60
-    while not started.exists() and time.monotonic() < until:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM
+    command, environment = [sys.executable, "-c", program], {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("fake-model at http://127.0.0.1:")  # the server is there
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
     assert marker.read_text() == "ended in order"
 
 

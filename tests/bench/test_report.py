@@ -122,7 +122,8 @@ def test_form_of_the_json() -> None:
     """Programs read this: what changes here raises SCHEMA_VERSION, unless it is one more field."""
     figures = LevelFigures.of(Load(math.inf), [record(0.5, 0.1, 4), RequestRecord(
         50.0, 50.0, [], 51.0, error="HTTP 429", message="full")], Objectives(ttft=500.0))
-    report = json.loads(json.dumps(document("online", {"model": "m"}, levels=[figures.as_json()]), allow_nan=False))
+    written = document("online", "1.0", {"model": "m"}, levels=[figures.as_json()])
+    report = json.loads(json.dumps(written, allow_nan=False))
     assert SCHEMA_VERSION == report["schema_version"] == 1
     assert report["levels"][0]["request_rate"] == "inf"
     assert shape(report) == {

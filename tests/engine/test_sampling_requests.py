@@ -29,7 +29,7 @@ FEATURES = ("mask", "repetition", "frequency", "presence", "edits", "top_k", "to
 
 def some(rng: np.random.Generator, features: set[str]) -> Asked:
     """A row that asks for these features, and may be greedy where it asks for a temperature."""
-    logits = rng.normal(size=V).astype(np.float32) * 3
+    logits = rng.normal(size=V).astype(np.float32) * 3 - rng.choice(np.float32([0, 5, 20]))
     likely = np.argsort(-logits)[:60]
     asked = Asked(logits, draw=int(rng.integers(100)), seed=int(rng.integers(-(2**63), 2**63 - 1)),
                   prompt=rng.choice([*likely, *range(V)], rng.integers(300)).tolist(),
@@ -122,7 +122,7 @@ def test_on_other_devices_than_the_cpu_all_rows_at_once_come_to_the_same() -> No
 
     for mine, theirs in zip(draw_all(asked, logprobs=True)[0], draw_all(asked, logprobs=True, program=at_once)[0],
                             strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-5)
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5 * (mine.dtype == np.float32))
 
 
 def test_tokens_forbidden_and_allowed() -> None:

@@ -14,7 +14,6 @@ import pytest
 from safetensors.numpy import load_file
 
 import maxlike
-from maxlike.engine.generate import generate
 from maxlike.models import save_model
 from maxlike.models.kv_scales import scale_of
 from maxlike.models.registry import parse_config
@@ -104,11 +103,15 @@ def test_scales_are_saved_and_come_back(dtype: str, tmp_path: Path, devices: lis
 
 def test_calibrated_scales_generate(tmp_path: Path, devices: list[jax.Device]) -> None:
     folder = write_with(tmp_path, {}, num_hidden_layers=1)
-    model = maxlike.load(folder, devices=devices[:1])
     prompt = np.random.default_rng(0).integers(0, 1003, 40).astype(np.int32)
-    scales = maxlike.calibrate(model, prompt, np.array([0, 25, 40]))
-    quantised = maxlike.load(folder, devices=devices[:1], kv_cache_dtype="int8", kv_scales=scales)
-    expected, got = (list(generate(m, prompt.tolist(), 8)) for m in (model, quantised))
+    scales = maxlike.calibrate(maxlike.load(folder, devices=devices[:1]), prompt, np.array([0, 25, 40]))
+
+    def continued(**cache: Any) -> list[int]:
+        llm = maxlike.LLM(folder, devices=devices[:1], max_num_seqs=1, max_model_len=64, **cache)
+        greedy = maxlike.SamplingParams(temperature=0, max_tokens=8)
+        return llm.generate(prompt, greedy, use_tqdm=False)[0].outputs[0].token_ids
+
+    expected, got = continued(), continued(kv_cache_dtype="int8", kv_scales=scales)
     assert got[0] == expected[0] and len(got) == 8
 
 
