@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _LAST_WORDS = 5
 """Seconds that clients have to take what is left for them."""
 _IDLE = 60
-"""Seconds that a connection is kept for a client's next request. Clients give theirs up sooner (OpenAI's after five), so
-that they find none closed under their hands."""
+"""Seconds that a connection is kept for a client's next request. Clients give theirs up sooner, OpenAI's after five: so
+none is closed as they turn to it."""
 
 
 def bind(config: ServeConfig) -> socket.socket:
