@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -399,3 +401,23 @@ def test_nothing_is_compiled_after_warm_up() -> None:
         jax.monitoring.clear_event_listeners()
     assert n_cancelled and engine.scheduler.pool.n_used == 0
     assert engine.runner.n_compiled == compiled and not events
+
+
+def test_a_second_start_finds_every_program_in_the_compilation_cache(tmp_path: Path) -> None:
+    events: Counter[str] = Counter()
+    with compiling_once(tmp_path):
+        for start in range(2):
+            jax.clear_caches()
+            events.clear()
+            jax.monitoring.register_event_listener(lambda name, **_: events.update([name.rpartition("/")[2]]))
+            try:
+                engine = engine_of(max_num_seqs=1, max_num_batched_tokens=8, page_size=16, max_model_len=32,
+                                   num_pages=2, warm_up=True)
+            finally:
+                jax.monitoring.clear_event_listeners()
+            n_programs = engine.runner.n_compiled
+            assert n_programs == 2 * 2 + 2 + 2  # forward and score, greedy and full, clear and fill
+            if start:
+                assert events["cache_hits"] >= n_programs and not events["cache_misses"]
+            else:
+                assert events["cache_misses"] >= n_programs
