@@ -316,8 +316,11 @@ class Engine:
                 for i, request in enumerate(launched.requests):
                     if request.grammar is not None and request.state is not RequestState.FINISHED:
                         its = request.params
-                        may_end = not its.ignore_eos and request.n_output >= its.min_tokens
-                        request.grammar.fill_mask(mask[i], may_end)
+                        early = request.n_output < its.min_tokens
+                        request.grammar.fill_mask(mask[i], not (its.ignore_eos or early),
+                                                  its.stop_token_ids if early else ())
+                        if (error := request.grammar.error) is not None:  # rather this than text that is cut short
+                            self._finish(request, "abort", error)
             sampled = runner.draw(launched.last, where, drawing, mask)
             launched.tokens = sampled.tokens
             if any(request.logprobs is not None for request in launched.requests):

@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import llguidance
@@ -24,6 +25,10 @@ MAX_CACHED = 128
 MAX_CACHED_LENGTH = 4 * MAX_LENGTH
 """So many compiled grammars, of so many characters together, are kept for who asks for the same: a large one takes some
 hundred bytes a character."""
+MAX_COPIES = 256
+"""Continuations that share a compiled grammar before it is compiled anew: what they add to its lexer goes with it."""
+MAX_LEXER_STATES = 50_000
+"""Of 1 to 2 kB each. llguidance's own limit is five times that, for a single grammar."""
 MAX_WHITESPACE = 64
 """Most characters of whitespace in one place of JSON. Without a bound, a small model may never come out of it."""
 _STACK_BYTES = 512 * 2**20
@@ -56,7 +61,7 @@ class GrammarCompiler:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._prepared: llguidance.LLTokenizer | None = None
         self._preparing = threading.Lock()
-        self._limits = llguidance.LLParserLimits(verbose_errors=False)
+        self._limits = llguidance.LLParserLimits(verbose_errors=False, max_lexer_states=MAX_LEXER_STATES)
         self._cache: OrderedDict[str, Grammar] = OrderedDict()
         self._cache_lock = threading.Lock()
 
@@ -70,12 +75,14 @@ class GrammarCompiler:
         """
         text = _text(wanted)
         with self._cache_lock:
-            if text in self._cache:
+            kept = self._cache.get(text)
+            if kept is not None and kept.shared.is_usable:
                 self._cache.move_to_end(text)
-                return self._cache[text].copy()
+                return kept.copy()
         fresh = self._make(text)
         with self._cache_lock:
             self._cache[text] = fresh
+            self._cache.move_to_end(text)
             while len(self._cache) > MAX_CACHED or sum(map(len, self._cache)) > MAX_CACHED_LENGTH:
                 self._cache.popitem(last=False)
             return fresh.copy()
@@ -92,9 +99,14 @@ class GrammarCompiler:
 
         def make() -> Grammar:
             matcher = llguidance.LLMatcher(tokenizer, text, log_level=0, limits=self._limits)
-            grammar = Grammar(matcher, self._eos, n_words)
-            if grammar.error is None:  # what is worked out at the first mask is kept for all copies
-                grammar.fill_mask(np.empty(n_words, np.uint32))
+            grammar = Grammar(matcher, self._eos, n_words, _Shared())
+            if grammar.error is None:  # what is worked out at the first token is kept for all copies
+                mask = np.empty(n_words, np.uint32)
+                grammar.fill_mask(mask)
+                trial = Grammar(matcher.deep_copy(), self._eos, n_words, grammar.shared)
+                trial.accept(int(np.unpackbits(mask.view(np.uint8), bitorder="little").argmax()))
+                if trial.error is not None:
+                    return trial
             return grammar
 
         with ThreadPoolExecutor(1, "compile-grammar") as thread:
@@ -143,8 +155,8 @@ def as_held(schema: Mapping[str, Any]) -> dict[str, Any]:
     own = schema.get("x-guidance", {})
     if not isinstance(own, Mapping):
         raise ValueError(f"x-guidance must be an object; got {own!r:.100}")
-    bounded = {"whitespace_pattern": rf"[ \t\n\r]{{1,{MAX_WHITESPACE}}}"}
-    return {**schema, "x-guidance": {**bounded, **own, "lenient": False}}
+    usual = {"whitespace_pattern": rf"[ \t\n\r]{{1,{MAX_WHITESPACE}}}", "json_allow_general_unicode_escapes": True}
+    return {**schema, "x-guidance": {**usual, **own, "lenient": False}}
 
 
 def _checked(text: str) -> str:
@@ -157,25 +169,36 @@ def _checked(text: str) -> str:
     return text
 
 
+@dataclass
+class _Shared:
+    """What copies have in common. They have one lexer too: where one has used that up, others fail as well."""
+
+    n_copies: int = 0
+    has_failed: bool = False
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether there may be one more."""
+        return not self.has_failed and self.n_copies < MAX_COPIES
+
+
 class Grammar:
     """Where one continuation is in its grammar.
 
     It is finished when no text can follow: the output should end then, whether or not a token said so and whatever
-    `ignore_eos` says. `min_tokens` and `ignore_eos` are kept by `fill_mask(out, may_end=False)`; nothing else should
-    forbid the tokens that end the output, since they may be the only ones left.
+    `ignore_eos` says. `min_tokens` and `ignore_eos` are kept by what `fill_mask` is told; nothing else should forbid
+    the tokens that end the output, since they may be the only ones left.
     """
 
-    def __init__(self, matcher: llguidance.LLMatcher, eos_token_ids: Collection[int], n_words: int):
-        self._matcher, self._eos, self._n_words = matcher, eos_token_ids, n_words
-        self._eos_words: dict[int, int] = {}
-        for id in eos_token_ids:
-            self._eos_words[id // 32] = self._eos_words.get(id // 32, 0) | 1 << id % 32
+    def __init__(self, matcher: llguidance.LLMatcher, eos_token_ids: Collection[int], n_words: int, shared: _Shared):
+        self._matcher, self._eos, self._n_words, self.shared = matcher, eos_token_ids, n_words, shared
 
     def copy(self) -> Grammar:
         """Another one in the same place."""
-        return Grammar(self._matcher.deep_copy(), self._eos, self._n_words)
+        self.shared.n_copies += 1
+        return Grammar(self._matcher.deep_copy(), self._eos, self._n_words, self.shared)
 
-    def fill_mask(self, out: np.ndarray, may_end: bool = True) -> None:
+    def fill_mask(self, out: np.ndarray, may_end: bool = True, held_back: Collection[int] = ()) -> None:
         """Sets bit `i % 32` of `out[i // 32]` for each token `i` that may come next, and clears the others.
 
         Args:
@@ -183,17 +206,17 @@ class Grammar:
                 does not have are not allowed.
             may_end: whether the tokens that end the output are allowed where the text may end. They are in any case
                 where nothing else is.
+            held_back: other tokens that are allowed only where nothing else is.
         """
         if out.shape != (self._n_words,) or out.dtype != np.uint32 or not out.flags.c_contiguous:
             raise ValueError(f"A mask is uint32[{self._n_words}], in one piece; got {out.dtype}{list(out.shape)}.")
         self._matcher.unsafe_compute_mask_ptr(out.ctypes.data, out.nbytes)
-        if may_end and self._matcher.is_accepting():
-            return
         # Where the text may not end, a token that ends the output may still be a word of it.
-        before = {word: int(out[word]) for word in self._eos_words}
-        for word, bits in self._eos_words.items():
-            out[word] = before[word] & ~bits
-        if not out.any():
+        forbidden = [*held_back, *(() if may_end and self._matcher.is_accepting() else self._eos)]
+        before = {id // 32: int(out[id // 32]) for id in forbidden}
+        for id in forbidden:
+            out[id // 32] &= np.uint32(~(1 << id % 32) & 0xFFFFFFFF)
+        if before and not out.any():
             for word, bits in before.items():
                 out[word] = bits
 
@@ -219,4 +242,7 @@ class Grammar:
     @property
     def error(self) -> str | None:
         """Why the grammar cannot be followed any further, such as a limit on its size; `None` while it can."""
-        return self._matcher.get_error().removesuffix("<non-verbose/>").strip() or None
+        error = self._matcher.get_error().removesuffix("<non-verbose/>").strip() or None
+        if error is not None:
+            self.shared.has_failed = True
+        return error

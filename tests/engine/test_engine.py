@@ -268,6 +268,38 @@ def test_structured_output_beside_free_text(asked: dict[str, Any], pattern: str,
     assert other.output_token_ids == free
 
 
+def test_a_grammar_keeps_to_min_tokens_and_what_ends_the_text(small: Engine) -> None:
+    def text_of(pattern: str, **params: Any) -> tuple[str, Request]:
+        asked = StructuredOutput(regex=pattern)
+        (request,) = small.add("g", source_tokens(10), SamplingParams(seed=3, structured_output=asked, **params))
+        run(small)
+        return finished(request).text, request
+
+    tokens = {chr(97 + i): tokenizer().encode(chr(97 + i), add_special_tokens=False)[-1] for i in range(2)}
+    eos = small.model_config.eos_token_ids[0]
+    text, request = text_of("a*", logit_bias={eos: 100}, min_tokens=9, max_tokens=20)
+    assert request.n_output == 10 and request.output_token_ids[-1] == eos and set(text) == {"a"}
+    text, request = text_of("[ab]{1,12}", logit_bias={tokens["b"]: 100}, stop_token_ids=[tokens["b"]], min_tokens=3)
+    assert request.n_output == 4 and request.stop_reason == tokens["b"] and set(text) == {"a"}
+    text, request = text_of("a{3}", logit_bias={eos: 100}, ignore_eos=True, min_tokens=9)  # no more can follow
+    assert (text, request.finish_reason, request.stop_reason) == ("aaa", "stop", None)
+
+
+def test_a_grammar_that_fails_on_the_way_aborts_its_request_alone(small: Engine) -> None:
+    (other,) = small.add("free", source_tokens(11), GREEDY)
+    asked = StructuredOutput(regex="((a{1,300}){1,300}){1,300}")
+    (request,) = small.add("fails", source_tokens(10), SamplingParams(
+        max_tokens=200, structured_output=asked, logit_bias={
+            id: -100 for id in range(4096) if len(tokenizer().token_bytes(id)) > 1 and set(
+                tokenizer().token_bytes(id)) == {97}}))
+    run(small)
+    output = finished(request)
+    assert output.finish_reason == "abort" and "too many expressions" in str(output.stop_reason)
+    assert set(output.text) == {"a"} and 1 < len(output.token_ids) < 200
+    assert other.finish_reason == "length" and small.scheduler.pool.n_used == 0
+    near_ties(source_tokens(11), other.output_token_ids)
+
+
 def test_embedding_is_the_last_hidden_state(small: Engine) -> None:
     for n in (1, 20, 70):
         prompt = source_tokens(n, start=300)

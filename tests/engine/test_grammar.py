@@ -208,6 +208,27 @@ def test_the_end(kind):
     assert not only.accept(a)
 
 
+def test_tokens_are_held_back_unless_they_are_all(kind):
+    tokenizer, compiler = kind
+    a = [id for id in range(tokenizer.vocab_size) if tokenizer.token_bytes(id) == b"a"]
+    grammar = compiler.compile(StructuredOutput(regex="[ab]a?"))
+    free = allowed(compiler, grammar)
+    assert allowed(compiler, grammar, held_back=a * 2) == [id for id in free if id not in a] and set(a) < set(free)
+    assert grammar.accept(a[0]) and {*a, *compiler._eos} == set(allowed(compiler, grammar))
+    assert allowed(compiler, grammar, held_back=a) == compiler._eos
+    assert allowed(compiler, grammar, may_end=False) == a
+    assert allowed(compiler, grammar, may_end=False, held_back=a) == sorted([*a, *compiler._eos])
+
+
+def test_characters_may_stand_in_json_by_their_numbers(kind):
+    wanted = StructuredOutput(json={"type": "string"})
+    for text in (r'"\u00e9\u65e5x"', r'"\u0041"', r'"\n\u000a"'):
+        grammar = kind[1].compile(wanted)
+        ids = [next(id for id in range(kind[0].vocab_size) if kind[0].token_bytes(id) == bytes([byte]))
+               for byte in text.encode()]
+        assert all(map(grammar.accept, ids)) and grammar.may_end, text
+
+
 def test_mask_words(kind):
     compiler = kind[1]
     grammar, n = compiler.compile(StructuredOutput(regex="a+")), -(-compiler._vocab_size // 32)
@@ -239,13 +260,14 @@ def test_mask_words(kind):
         ({"json": {"default": object()}}, "not JSON serializable"),
         ({"json": {"x-guidance": 3}}, "x-guidance must be an object; got 3"),
         ({"json": "3"}, "an object, true or false, not 3"),
-        ({"json": ["a"]}, "an object, true or false"),
+        ({"json": '["a"]'}, "an object, true or false"),
         ({"json": False}, "allows nothing"),
-        ({"json": {"description": "x" * 200_000}}, "may have 131072 characters; got 2000"),
+        ({"json": {"description": "x" * 200_000}}, "may have 131072 characters; got 200"),
         ({"regex": "("}, "unclosed group"),
         ({"regex": r"(a)\1"}, "backreferences are not supported"),
         ({"regex": "[a&&b]"}, "there is no such text"),
         ({"regex": "\udfff"}, "must be Unicode text"),
+        ({"regex": "(a{1000}){1000}"}, "too many expressions"),  # found at its first token
         ({"regex": "x" * 200_000}, "may have 131072 characters; got 200000"),
         ({"choice": ["\ud800"]}, "must be Unicode text"),
         ({"grammar": "start: nowhere"}, 'unknown name: "nowhere"'),
@@ -308,9 +330,22 @@ def test_a_grammar_too_large_to_follow_ends_and_says_why():
         grammar.accept(a)
     assert grammar.is_finished and "too many expressions" in grammar.error
     assert allowed(compiler, grammar) == compiler._eos and not grammar.accept(a)
+    # Copies share what was used up; who asks for it next gets a new one.
+    fresh = compiler.compile(StructuredOutput(regex="((a{1,9999}){1,9999}){1,9999}"))
+    assert a in allowed(compiler, fresh) and fresh.accept(a) and fresh.error is None
 
 
 # -- the compiler
+
+
+def test_a_grammar_is_made_anew_after_so_many_copies(monkeypatch):
+    compiler, made = GrammarCompiler(EMBEDDED, EMBEDDED.vocab_size, [1]), []
+    make = compiler._make
+    monkeypatch.setattr(compiler, "_make", lambda text: made.append(text) or make(text))
+    monkeypatch.setattr(grammar_module, "MAX_COPIES", 3)
+    for n in (1, 1, 1, 2, 2, 2, 3):
+        compiler.compile(StructuredOutput(regex="a"))
+        assert len(made) == n
 
 
 def test_compiled_grammars_are_kept(monkeypatch):
