@@ -1,12 +1,13 @@
 """Which token comes next, decided on the device: masks, penalties, edits, then the likeliest or a draw within limits.
 
-Nothing here sorts the vocabulary. A limit keeps the largest of a row's values, and where they end is found by halving:
-32 times over, count what lies above the middle. That is exact, ties included, and a twentieth of a sort's time.
+Nothing here sorts the vocabulary. A limit keeps the largest of a row's values, and where they end is found by halving
+the range of float32 until one value is left: 32 times over, count what lies above the middle. Ties are cut exactly too.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +18,10 @@ from maxlike.engine.sampling_params import MAX_EDITS, MAX_LOGPROBS
 
 CHUNK = 512
 """Token ids that one `fill_slot` counts."""
-Array = Any
-"""`jax.Array` where it is traced, `numpy.ndarray` where the host fills it in."""
-_CPU_BLOCK = 4  # rows
+_Column = Any  # a jax.Array where it is traced, a numpy array where the host fills it in
+# Rows taken at a time. What is made on the way of 256 rows at once would be a gigabyte that the cache cannot have; on
+# the CPU, where each run asks the system for its memory anew, some megabytes already take longer than the work on them.
+_BLOCK, _CPU_BLOCK = 64, 4
 _LEAST = -(2**31)
 _REACHED = 1 - 2**-22  # of top_p: probabilities are float32, and nine tenths of one need not add up to its 0.9
 
@@ -31,15 +33,13 @@ class SlotState(NamedTuple):
     such a request enters it.
 
     Args:
-        counts: `int32[slots, V]`, how often a token stands in the output.
-        in_prompt: `bool[slots, V]`, whether it stands in the prompt.
+        history: `int32[slots, V]`, twice how often a token stands in the output, and 1 more if it does in the prompt.
         edit_ids: `int32[slots, MAX_EDITS]`, tokens treated apart; V or more: none.
         edit_values: `float32[slots, MAX_EDITS]`, added to their logits; `-inf` forbids.
         edit_until: `int32[slots, MAX_EDITS]`: the edit applies to draws with a lower number.
     """
 
-    counts: jax.Array
-    in_prompt: jax.Array
+    history: jax.Array
     edit_ids: jax.Array
     edit_values: jax.Array
     edit_until: jax.Array
@@ -60,20 +60,20 @@ class Rows(NamedTuple):
         logprobs: bool, whether they are reported.
     """
 
-    slots: Array
-    temperature: Array
-    top_k: Array
-    top_p: Array
-    min_p: Array
-    repetition: Array
-    frequency: Array
-    presence: Array
-    seed: Array
-    draw: Array
-    live: Array
-    edited: Array
-    masked: Array
-    logprobs: Array
+    slots: _Column
+    temperature: _Column
+    top_k: _Column
+    top_p: _Column
+    min_p: _Column
+    repetition: _Column
+    frequency: _Column
+    presence: _Column
+    seed: _Column
+    draw: _Column
+    live: _Column
+    edited: _Column
+    masked: _Column
+    logprobs: _Column
 
 
 class Sampled(NamedTuple):
@@ -103,8 +103,8 @@ def seed_words(seed: int) -> tuple[int, int]:
 def empty_state(n_slots: int, vocab_size: int) -> SlotState:
     """State of `n_slots` slots that have no edits and no history."""
     edits = n_slots, MAX_EDITS
-    return SlotState(jnp.zeros((n_slots, vocab_size), jnp.int32), jnp.zeros((n_slots, vocab_size), bool),
-                     jnp.full(edits, vocab_size, jnp.int32), jnp.zeros(edits, jnp.float32), jnp.zeros(edits, jnp.int32))
+    return SlotState(jnp.zeros((n_slots, vocab_size), jnp.int32), jnp.full(edits, vocab_size, jnp.int32),
+                     jnp.zeros(edits, jnp.float32), jnp.zeros(edits, jnp.int32))
 
 
 def clear_slot(state: SlotState, slot: jax.Array, edit_ids: jax.Array, edit_values: jax.Array,
@@ -119,21 +119,20 @@ def clear_slot(state: SlotState, slot: jax.Array, edit_ids: jax.Array, edit_valu
     def put(rows: jax.Array, row: jax.Array) -> jax.Array:
         return lax.dynamic_update_index_in_dim(rows, row, slot, 0)
 
-    nothing = jnp.zeros(state.counts.shape[1:], jnp.int32)
-    return SlotState(put(state.counts, nothing), put(state.in_prompt, nothing.astype(bool)),
-                     put(state.edit_ids, edit_ids), put(state.edit_values, edit_values),
+    nothing = jnp.zeros(state.history.shape[1:], jnp.int32)
+    return SlotState(put(state.history, nothing), put(state.edit_ids, edit_ids), put(state.edit_values, edit_values),
                      put(state.edit_until, edit_until))
 
 
 def fill_slot(state: SlotState, slot: jax.Array, ids: jax.Array, n_prompt: jax.Array, n: jax.Array) -> SlotState:
     """Adds tokens to the slot's history: of `ids`, `int32[CHUNK]`, the first `n_prompt` to the prompt, those behind
-    them up to `n` to the output. `state`, donated, is changed in place.
+    them up to `n` to the output. The prompt comes first. `state`, donated, is changed in place.
     """
-    place, beyond = jnp.arange(ids.shape[0]), state.counts.shape[1]
+    place, beyond = jnp.arange(ids.shape[0]), state.history.shape[1]
     prompt = jnp.where(place < n_prompt, ids, beyond)
     output = jnp.where((place >= n_prompt) & (place < n), ids, beyond)
-    return state._replace(counts=state.counts.at[slot, output].add(1, mode="drop"),
-                          in_prompt=state.in_prompt.at[slot, prompt].set(True, mode="drop"))
+    history = state.history.at[slot, prompt].max(1, mode="drop")
+    return state._replace(history=history.at[slot, output].add(2, mode="drop"))
 
 
 def greedy(logits: jax.Array) -> jax.Array:
@@ -153,7 +152,7 @@ def score(logits: jax.Array, targets: jax.Array) -> Sampled:
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)
     rank = 1 + jnp.sum(logits > chosen, axis=-1, dtype=jnp.int32)
     # The highest must not be taken from the top: with a slice of it XLA:CPU sorts the vocabulary instead.
-    top, top_ids = lax.top_k(_one_zero(logits), min(MAX_LOGPROBS, logits.shape[-1]))
+    top, top_ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
     return Sampled(targets, (_below(chosen, highest) - log_total)[:, 0], rank, top_ids.astype(jnp.int32),
                    _below(top, highest) - log_total)
 
@@ -162,7 +161,7 @@ def sample(logits: jax.Array, rows: Rows, state: SlotState, mask: jax.Array) -> 
     """A token for each row, all that a request may ask for; what no row asks for takes no time.
 
     In this order: the mask, penalties, edits; then the highest logit where the temperature is 0, else a draw among the
-    tokens that top-k, top-p and min-p leave. If they leave none, any token.
+    tokens that top-k, top-p and min-p leave. Where every token is forbidden, or a logit is NaN, it is any token.
 
     Args:
         logits: `float32[R, V]`, replicated.
@@ -174,15 +173,16 @@ def sample(logits: jax.Array, rows: Rows, state: SlotState, mask: jax.Array) -> 
         The tokens, and the state to go on with.
     """
     rows = Rows(*map(jnp.asarray, rows))
-    sampled = lax.platform_dependent(logits, rows, state, mask, cpu=_sample_in_blocks, default=_sample)
-    counted = jnp.where(rows.live, rows.slots, state.counts.shape[0])
-    return sampled, state._replace(counts=state.counts.at[counted, sampled.tokens].add(1, mode="drop"))
+    sampled = lax.platform_dependent(logits, rows, state, mask, cpu=partial(_in_blocks, _CPU_BLOCK),
+                                     default=partial(_in_blocks, _BLOCK))
+    slots = jnp.where(rows.live, rows.slots, state.history.shape[0])
+    return sampled, state._replace(history=state.history.at[slots, sampled.tokens].add(2, mode="drop"))
 
 
-def _sample_in_blocks(logits: jax.Array, rows: Rows, state: SlotState, mask: jax.Array) -> Sampled:
-    # XLA:CPU asks the system for memory anew at each run, and over all rows that takes longer than all that is done
-    # with it.
-    block = math.gcd(logits.shape[0], _CPU_BLOCK)
+def _in_blocks(most: int, logits: jax.Array, rows: Rows, state: SlotState, mask: jax.Array) -> Sampled:
+    block = math.gcd(logits.shape[0], most)
+    if block == logits.shape[0]:
+        return _sample(logits, rows, state, mask)
     blocks = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), (logits, rows, mask))
     sampled = lax.map(lambda block: _sample(block[0], block[1], state, block[2]), blocks)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), sampled)
@@ -194,7 +194,7 @@ def _sample(logits: jax.Array, rows: Rows, state: SlotState, mask: jax.Array) ->
 
     def adjusted() -> jax.Array:
         x = lax.cond(masked.any(), lambda: _mask(logits, mask, masked), lambda: logits)
-        x = lax.cond(penalised.any(), lambda: _penalise(x, rows, state), lambda: x)
+        x = lax.cond(penalised.any(), lambda: _penalise(x, rows, state, penalised), lambda: x)
         return lax.cond(edited.any(), lambda: _edit(x, rows, state, edited), lambda: x)
 
     tokens = _pick(lax.cond((masked | penalised | edited).any(), adjusted, lambda: logits), rows)
@@ -209,13 +209,12 @@ def _mask(x: jax.Array, mask: jax.Array, masked: jax.Array) -> jax.Array:
     return jnp.where(allowed | ~masked[:, None], x, -jnp.inf)
 
 
-def _penalise(x: jax.Array, rows: Rows, state: SlotState) -> jax.Array:
-    # Penalties of 1 and 0 leave a row as it is.
-    counts = state.counts.at[rows.slots].get(mode="fill", fill_value=0)
-    seen = (counts > 0) | state.in_prompt.at[rows.slots].get(mode="fill", fill_value=False)
+def _penalise(x: jax.Array, rows: Rows, state: SlotState, penalised: jax.Array) -> jax.Array:
+    history = state.history.at[rows.slots].get(mode="clip")
+    counts = history >> 1
     repetition, frequency, presence = (column[:, None] for column in (rows.repetition, rows.frequency, rows.presence))
-    repeated = jnp.where(seen, jnp.where(x > 0, x / repetition, x * repetition), x)
-    return repeated - frequency * counts - presence * (counts > 0)
+    repeated = jnp.where(history > 0, jnp.where(x > 0, x / repetition, x * repetition), x)
+    return jnp.where(penalised[:, None], repeated - frequency * counts - presence * (counts > 0), x)
 
 
 def _edit(x: jax.Array, rows: Rows, state: SlotState, edited: jax.Array) -> jax.Array:
@@ -227,8 +226,7 @@ def _edit(x: jax.Array, rows: Rows, state: SlotState, edited: jax.Array) -> jax.
 
 
 def _pick(x: jax.Array, rows: Rows) -> jax.Array:
-    # A row with a NaN, whose highest is NaN, or without a token that is allowed has nothing to draw from.
-    draws = rows.live & (rows.temperature > 0) & (jnp.max(x, axis=-1) > -jnp.inf)
+    draws = rows.live & (rows.temperature > 0)
     return lax.cond(draws.any(), lambda: greedy(jnp.where(draws[:, None], _race(x, rows, draws), x)), lambda: greedy(x))
 
 
@@ -243,7 +241,7 @@ def _race(x: jax.Array, rows: Rows, draws: jax.Array) -> jax.Array:
     kept = lax.cond((p < 1).any(), lambda: kept & _top_p(jnp.where(kept, weights, 0), _ordered(x), p), lambda: kept)
     kept = kept & (weights >= rows.min_p[:, None])
     # Each token's exponential variable divided by its weight is a waiting time, and the shortest is token i's with
-    # probability weights[i] / sum(weights): Gumbel-max without its logarithms.
+    # probability weights[i] / sum(weights): Gumbel-max, without its logarithms of weights and times.
     return jnp.where(kept, weights / _exponentials(rows.seed, rows.draw, V), -1)
 
 
@@ -266,13 +264,8 @@ def _below(x: jax.Array, highest: jax.Array) -> jax.Array:
 
 def _ordered(x: jax.Array) -> jax.Array:
     """Integers in the order of the floats: float32 -> int32."""
-    bits = lax.bitcast_convert_type(_one_zero(x), jnp.int32)
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), jnp.int32)  # of two zeros neither is the higher
     return bits ^ (bits >> 31 & 0x7FFFFFFF)
-
-
-def _one_zero(x: jax.Array) -> jax.Array:
-    """`x` with 0 for -0, where their order goes by the bits: neither is the higher."""
-    return jnp.where(x == 0, 0, x)
 
 
 def _top_k(ordered: jax.Array, k: jax.Array) -> jax.Array:
@@ -291,6 +284,8 @@ def _top_k(ordered: jax.Array, k: jax.Array) -> jax.Array:
 def _top_p(weights: jax.Array, ordered: jax.Array, p: jax.Array) -> jax.Array:
     """The fewest likeliest of each row whose weights make up the share p of all, of equals the first.
 
+    Shares are exact to V / 2**31, which shows only where nearly all tokens are about as likely as each other.
+
     Args:
         weights: `float32[R, V]`, the highest 1; 0 stays out where p is below 1.
         ordered: `int32[R, V]`, in the order of likelihood.
@@ -299,7 +294,7 @@ def _top_p(weights: jax.Array, ordered: jax.Array, p: jax.Array) -> jax.Array:
     # As whole numbers they add up to the same in whatever order, and just so below 2**31.
     unit = jnp.exp2(30 - jnp.ceil(jnp.log2(jnp.sum(weights, axis=-1, keepdims=True))))
     masses = jnp.round(weights * unit).astype(jnp.int32)
-    total = jnp.sum(masses, axis=-1)
+    total = jnp.sum(masses, axis=-1, dtype=jnp.int32)
     needed = jnp.clip((total * (p * _REACHED)).astype(jnp.int32), 1, total)
     cut, above = _cut(masses, needed, weighted=True)
     equal = masses == cut[:, None]
@@ -322,7 +317,8 @@ def _cut(values: jax.Array, needed: jax.Array, *, weighted: bool) -> tuple[jax.A
     def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         low, high, above = bounds
         middle = (low & high) + ((low ^ high) >> 1)  # their mean without overflow
-        comes_to = jnp.sum(jnp.where(values >= middle[:, None], values if weighted else 1, 0), axis=-1)
+        counted = jnp.where(values >= middle[:, None], values if weighted else 1, 0)
+        comes_to = jnp.sum(counted, axis=-1, dtype=jnp.int32)
         enough = comes_to >= needed
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle), jnp.where(enough, above, comes_to)
 
