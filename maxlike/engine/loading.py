@@ -42,10 +42,11 @@ def load_engine(model: str | os.PathLike[str], config: EngineConfig | None = Non
             raise ValueError(f"A chat template was given, but {folder} has no tokenizer.json to use it with.")
         tokenizer.chat_templates = {"default": chat_template}
     mesh = mesh_for(model_config, devices)
-    config = (config or EngineConfig()).for_model(model_config, mesh_platform(mesh))
+    config = config or EngineConfig()
+    page_size = config.for_model(model_config, mesh_platform(mesh)).page_size
     loaded = load_model(model_config, folder, devices=mesh, dtype=dtype, kv_cache_dtype=kv_cache_dtype,
                         kv_scales=kv_scales, implementation=implementation, use_subgraphs=use_subgraphs,
-                        page_size=config.page_size)
+                        page_size=page_size)
     return Engine(loaded, model_config, config, tokenizer)
 
 
