@@ -175,7 +175,7 @@ class Grammar:
         """Another one in the same place."""
         return Grammar(self._matcher.deep_copy(), self._eos, self._n_words)
 
-    def fill_mask(self, out: np.ndarray, may_end: bool = True) -> None:
+    def fill_mask(self, out: np.ndarray, may_end: bool = True, without: Collection[int] = ()) -> None:
         """Sets bit `i % 32` of `out[i // 32]` for each token `i` that may come next, and clears the others.
 
         Args:
@@ -183,6 +183,7 @@ class Grammar:
                 does not have are not allowed.
             may_end: whether the tokens that end the output are allowed where the text may end. They are in any case
                 where nothing else is.
+            without: where it may not end, tokens that are treated as those are.
         """
         if out.shape != (self._n_words,) or out.dtype != np.uint32 or not out.flags.c_contiguous:
             raise ValueError(f"A mask is uint32[{self._n_words}], in one piece; got {out.dtype}{list(out.shape)}.")
@@ -190,8 +191,11 @@ class Grammar:
         if may_end and self._matcher.is_accepting():
             return
         # Where the text may not end, a token that ends the output may still be a word of it.
-        before = {word: int(out[word]) for word in self._eos_words}
-        for word, bits in self._eos_words.items():
+        ending = dict(self._eos_words)
+        for id in without:
+            ending[id // 32] = ending.get(id // 32, 0) | 1 << id % 32
+        before = {word: int(out[word]) for word in ending}
+        for word, bits in ending.items():
             out[word] = before[word] & ~bits
         if not out.any():
             for word, bits in before.items():
