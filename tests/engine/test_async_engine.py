@@ -179,6 +179,8 @@ def test_other_weights_between_steps() -> None:
         assert await collect(engine, "other") != before
         with pytest.raises(ValueError, match="nonsense is unknown"):
             await engine.update_weights({"nonsense": norm})
+        with pytest.raises(ValueError, match=r"norm.weight has shape \(1,\), the model's \(192,\)"):
+            await engine.update_weights({"norm.weight": [1.0]})
         await engine.update_weights({"norm.weight": norm})
         assert await collect(engine, "after") == before
 
