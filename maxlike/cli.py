@@ -42,7 +42,7 @@ PROGRAMS = "~/.cache/maxlike/programs"
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"maxlike: {message} (see maxlike --help, maxlike generate --help)\n")
+        self.exit(2, f"maxlike: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from flax import nnx
@@ -59,9 +61,10 @@ class _Stream:
 
     async def take(self) -> list[Delta]:
         await self.changed.wait()
-        self.changed.clear()
         deltas, self.deltas = self.deltas, []
-        if self.error is not None and not deltas:
+        if self.error is None:
+            self.changed.clear()
+        elif not deltas:  # else it is for the next to ask
             raise self.error
         return deltas
 
@@ -81,7 +84,9 @@ class AsyncEngine:
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._streams: dict[str, _Stream] = {}
+        self._updates: set[Future[None]] = set()
         self._draining = self._closing = False
+        self._ended = False  # nothing that is posted from now on will be done
         self._thread: threading.Thread | None = None
 
     @classmethod
@@ -188,20 +193,23 @@ class AsyncEngine:
         """
         if self._thread is None or self.error is not None or self._closing:
             raise EngineDeadError(f"The engine takes no weights: {self._why_not()}.")
-        loop, done = asyncio.get_running_loop(), asyncio.Event()
-        refused: list[ValueError] = []
+        done: Future[None] = Future()
 
         def update() -> None:
-            try:
-                self._engine.update_weights(params)
-            except ValueError as error:
-                refused.append(error)
-            loop.call_soon_threadsafe(done.set)
+            if done.set_running_or_notify_cancel():
+                try:
+                    self._engine.update_weights(params)
+                except ValueError as error:
+                    done.set_exception(error)
+                else:
+                    done.set_result(None)
 
-        self._post(update)
-        await done.wait()
-        if refused:
-            raise refused[0]
+        self._updates.add(done)
+        done.add_done_callback(self._updates.discard)
+        if not self._post(update):
+            done.cancel()
+            raise EngineDeadError(f"The engine takes no weights: {self._why_not()}.")
+        await asyncio.wrap_future(done)
 
     async def drain(self, timeout: float | None = None) -> bool:
         """Takes no more requests, and waits until those there are have ended, `timeout` seconds at most.
@@ -243,25 +251,33 @@ class AsyncEngine:
                 try:
                     self._engine.add(request_id, prompt, params, priority=priority, embed=embed, client=stream)
                 except ValueError as error:
-                    stream.loop.call_soon_threadsafe(stream.fail, error)
+                    _tell(stream.loop, stream.fail, error)
 
-        self._post(add)
+        if not self._post(add):  # it ended while the request was being checked
+            del self._streams[request_id]
+            raise EngineDeadError(f"The engine takes no requests: {self._why_not()}.")
         return stream
 
     def _why_not(self) -> str:
         if self.error is not None:
             return f"it ended with {type(self.error).__name__}: {self.error}"
-        return "it is being drained" if self._draining else "it was closed" if self._closing else "it was not started"
+        return "it was closed" if self._closing else "it is being drained" if self._draining else "it was not started"
 
     def _n_waiting(self) -> int:
-        metrics, slots = self._engine.metrics, self._engine.runner.n_slots
         # While nobody waits, those that the engine has not come to yet will find the free slots.
-        return len(self._streams) - (metrics.running if metrics.waiting else slots)
+        running = self._engine.runner.n_slots
+        if self._engine.metrics.waiting:
+            in_slots = list(self._engine.scheduler.slot_requests)
+            running = len({request.request_id for request in in_slots if request is not None})
+        return len(self._streams) - running
 
-    def _post(self, action: Callable[[], None]) -> None:
+    def _post(self, action: Callable[[], None]) -> bool:
+        """Has the engine's thread do something before its next step; false where there will be none."""
         with self._wake:
-            self._inbox.append(action)
-            self._wake.notify()
+            if not self._ended:
+                self._inbox.append(action)
+                self._wake.notify()
+            return not self._ended
 
     # -- the engine's thread
 
@@ -278,9 +294,14 @@ class AsyncEngine:
             self.error = error
             raise
         finally:
+            with self._wake:
+                self._ended = True
             dead = EngineDeadError(f"The engine ended before the request: {self._why_not()}.")
             for stream in list(self._streams.values()):
-                stream.loop.call_soon_threadsafe(stream.fail, dead)
+                _tell(stream.loop, stream.fail, dead)
+            for update in list(self._updates):
+                if not update.cancelled():
+                    update.set_exception(dead)
 
     def _deliver(self, moved: list[Request]) -> None:
         by_stream: dict[int, tuple[_Stream, list[Request]]] = {}
@@ -293,8 +314,12 @@ class AsyncEngine:
             embedding = unit_length(requests[0]) if requests[0].embedding is not None else None
             by_loop[stream.loop].append((stream, deltas, embedding))
         for loop, news in by_loop.items():
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(_put_all, news)
+            _tell(loop, _put_all, news)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, action: Callable[..., None], *args: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there to be told
+        loop.call_soon_threadsafe(action, *args)
 
 
 def _put_all(news: list[tuple[_Stream, list[Delta], list[float] | None]]) -> None:

@@ -97,8 +97,12 @@ class Engine:
             max_num_seqs=resolved.max_num_seqs, max_num_batched_tokens=resolved.max_num_batched_tokens,
             pages_per_sequence=self.runner.pages_per_sequence)
         self.metrics = EngineMetrics(pages_total=n_pages)
-        self.grammars = None if tokenizer is None else GrammarCompiler(
-            tokenizer, self.runner.vocab_size, config.eos_token_ids)
+        self.grammars, self._no_grammars = None, ""
+        if tokenizer is not None:
+            try:
+                self.grammars = GrammarCompiler(tokenizer, self.runner.vocab_size, config.eos_token_ids)
+            except ValueError as error:  # the engine is of use for other requests all the same
+                self._no_grammars = str(error)
         self._slot_params = SlotParams(resolved.max_num_seqs)
         self._eos = frozenset(config.eos_token_ids)
         self._page_size = model.kv_params.page_size
@@ -126,7 +130,8 @@ class Engine:
         if self.tokenizer is None and (params.stop or params.structured_output):
             raise ValueError("stop and structured_output are about text, and the checkpoint has no tokenizer.")
         if params.structured_output is not None:
-            assert self.grammars is not None
+            if self.grammars is None:
+                raise ValueError(self._no_grammars)
             self.grammars.compile(params.structured_output)
 
     def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0,
@@ -364,7 +369,8 @@ class Engine:
                 self.scheduler.on_token(request)
             if n_known == request.n_prompt + 1:
                 request.metrics.first_token = now
-            if token in request.ending:
+            # With a grammar that went wrong, only those tokens are allowed: `_ends_in` tells.
+            if token in request.ending and (request.grammar is None or request.grammar.error is None):
                 self._finish(request, "stop", token if token in request.params.stop_token_ids else None)
                 continue
             if request.detokenizer is not None:
@@ -430,7 +436,7 @@ def _logprob_entries(sampled: Sampled, rows: Collection[int], tokens: Sequence[i
     entries = []
     for row, token in zip(rows, tokens, strict=False):
         entry = {token: Logprob(float(logprob[row]), int(rank[row]))}
-        for place in range(n_top or 0):
+        for place in range(min(n_top or 0, top_ids.shape[1])):
             entry.setdefault(int(top_ids[row, place]), Logprob(float(top_logprobs[row, place]), place + 1))
         entries.append(entry)
     return entries

@@ -63,12 +63,19 @@ class LLM:
             ValueError: a prompt or its parameters are refused, as `Engine.check`; then nothing has been run.
         """
         given = self._prompts(prompts)
-        params = _one_each(sampling_params or SamplingParams(), len(given), "sampling_params")
+        params = _one_each(SamplingParams() if sampling_params is None else sampling_params, len(given),
+                           "sampling_params")
+        levels = _one_each(0 if priority is None else priority, len(given), "priority")
         for (_, ids), its in zip(given, params, strict=True):
             self.engine.check(ids, its)
-        requests = [self.engine.add(f"llm-{next(self._names)}", ids, its, priority=level) for (_, ids), its, level in
-                    zip(given, params, _one_each(0 if priority is None else priority, len(given), "priority"),
-                        strict=True)]
+        requests: list[list[Request]] = []
+        try:
+            for (_, ids), its, level in zip(given, params, levels, strict=True):
+                requests.append(self.engine.add(f"llm-{next(self._names)}", ids, its, priority=level))
+        except ValueError:
+            for siblings in requests:
+                self.engine.cancel(siblings[0].request_id)
+            raise
         self._run([request for siblings in requests for request in siblings], use_tqdm)
         return [_output(text, siblings) for (text, _), siblings in zip(given, requests, strict=True)]
 

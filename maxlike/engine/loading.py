@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 from jax.typing import DTypeLike
@@ -44,10 +43,10 @@ def load_engine(model: str | os.PathLike[str], config: EngineConfig | None = Non
         tokenizer.chat_templates = {"default": chat_template}
     mesh = mesh_for(model_config, devices)
     config = config or EngineConfig()
-    config = replace(config, page_size=config.for_model(model_config, mesh_platform(mesh)).page_size)
+    page_size = config.for_model(model_config, mesh_platform(mesh)).page_size
     loaded = load_model(model_config, folder, devices=mesh, dtype=dtype, kv_cache_dtype=kv_cache_dtype,
                         kv_scales=kv_scales, implementation=implementation, use_subgraphs=use_subgraphs,
-                        page_size=config.page_size)
+                        page_size=page_size)
     return Engine(loaded, model_config, config, tokenizer)
 
 

@@ -31,7 +31,7 @@ def n_pages_for(runner: ModelRunner, config: EngineConfig) -> int:
     """Pages a layer of the cache: those asked for, or as many as there is room for and the sequences can fill.
 
     Raises:
-        ValueError: there is not even room for one sequence of two pages' length; says what there is.
+        ValueError: there is not even room for one page; says what there is.
     """
     if config.num_pages is not None:
         return config.num_pages

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from maxlike.nn.transformer.distributed_transformer import DistributedTransformer
@@ -53,8 +54,8 @@ def _by_name(model: DistributedTransformer, params: Mapping[str, Any]) -> list[j
         known.update(names)
         own = param.get_value().shape[stacked:]
         shapes = own, tuple(param.get_metadata("logical_shape"))
-        problems += [f"{name} has shape {tuple(params[name].shape)}, the model's {shapes[0]}" for name in names
-                     if name in params and tuple(params[name].shape) not in shapes]
+        problems += [f"{name} has shape {np.shape(params[name])}, the model's {shapes[0]}" for name in names
+                     if name in params and np.shape(params[name]) not in shapes]
     problems += [f"{name} is unknown" for name in params if name not in known]
     _raise(problems)
     return [_renewed(params, names, stacked, param.get_value()) for names, stacked, param in named_parameters(model)]

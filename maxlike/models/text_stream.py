@@ -281,13 +281,13 @@ class _WindowStream(TextStream):
     def __init__(self, table: TokenTexts, after: Sequence[int], ignore_unknown: bool):
         self._tokenizer, self._skipped, self._ignore_unknown = table.tokenizer, table.skipped, ignore_unknown
         # The ids decoded together: context, then those not given out yet.
-        self._window = [id for id in after[-_CONTEXT:] if id not in self._skipped]
+        self._window = [id for id in after[-_CONTEXT:] if self._says(id)]
         self._context = len(self._window)  # what a token says depends on whether one stands before it
         self._given = len(self._decode(self._window))  # how many characters of the window's text have been given out
         self._recent: list[str] = []  # the window's text at the last three pushes
 
     def push(self, token_id: int) -> str:
-        if token_id in self._skipped or (self._ignore_unknown and token_id >= self._tokenizer.vocab_size):
+        if not self._says(token_id):
             return ""
         window = [*self._window, token_id]
         text = final = self._decode(window)
@@ -315,6 +315,9 @@ class _WindowStream(TextStream):
         rest = self._decode(self._window)[self._given :]
         self._window, self._context, self._given, self._recent = [], 0, 0, []
         return rest
+
+    def _says(self, id: int) -> bool:
+        return id not in self._skipped and not (self._ignore_unknown and id >= self._tokenizer.vocab_size)
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)

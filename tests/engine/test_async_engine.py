@@ -179,6 +179,8 @@ def test_other_weights_between_steps() -> None:
         assert await collect(engine, "other") != before
         with pytest.raises(ValueError, match="nonsense is unknown"):
             await engine.update_weights({"nonsense": norm})
+        with pytest.raises(ValueError, match=r"norm.weight has shape \(1,\), the model's \(192,\)"):
+            await engine.update_weights({"norm.weight": [1.0]})
         await engine.update_weights({"norm.weight": norm})
         assert await collect(engine, "after") == before
 
@@ -213,3 +215,65 @@ def test_requests_from_several_event_loops() -> None:
     engine.close()
     lonely = make()
     assert outputs == {n: alone(lonely, source_tokens(n), SHORT) for n in (10, 11, 12)}
+
+
+def test_what_came_with_the_end_is_given_out_and_then_the_end() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        stream = engine.generate(source_tokens(10), LONG, "open")
+        await anext(stream)
+        step = engine._engine.step
+        stepped = threading.Event()
+
+        def closing() -> Any:
+            moved = step()
+            stepped.set()
+            return moved
+
+        engine._engine.step = closing  # type: ignore[method-assign]
+        stepped.wait()
+        engine.close()  # in the loop's thread: the last tokens and the end come to the stream together
+        with pytest.raises(EngineDeadError, match="closed"):
+            async for _ in stream:
+                pass
+
+    with_engine(test)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_weights_that_the_engine_does_not_come_to() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        def broken() -> Any:
+            raise RuntimeError("the device is gone")
+
+        engine._post(broken)
+        with pytest.raises(EngineDeadError, match="the device is gone"):
+            await engine.update_weights({})
+
+    with_engine(test)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_ends_while_a_request_is_checked() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        def check(*args: Any, **kwargs: Any) -> None:
+            engine.close()
+
+        engine._engine.check = check  # type: ignore[method-assign]
+        with pytest.raises(EngineDeadError, match="closed"):
+            await collect(engine, "late")
+        assert not engine._streams
+
+    with_engine(test)
+
+
+def test_a_queue_counts_prompts_not_continuations() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        many = SamplingParams(n=4, temperature=0, max_tokens=200, ignore_eos=True)
+        tasks = [asyncio.create_task(collect(engine, str(i), params=many)) for i in range(3)]
+        await until(lambda: engine.metrics.running == 4 and engine.metrics.waiting == 8)
+        with pytest.raises(QueueFullError, match="2 requests wait already"):
+            await collect(engine, "one too many")
+        for task in tasks:
+            task.cancel()
+
+    with_engine(test, max_queue=2)

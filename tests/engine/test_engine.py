@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -453,3 +454,37 @@ def test_a_second_start_finds_every_program_in_the_compilation_cache(tmp_path: P
                 assert events["cache_hits"] >= n_programs and not events["cache_misses"]
             else:
                 assert events["cache_misses"] >= n_programs
+
+
+def test_the_longest_sequence_is_what_the_cache_holds_unless_one_was_asked_for() -> None:
+    assert engine_of(max_num_seqs=2, page_size=16, num_pages=4).max_model_len == 64
+
+
+def test_a_grammar_that_went_wrong_does_not_end_as_if_it_were_complete(small: Engine) -> None:
+    [a] = tokenizer().encode("a", add_special_tokens=False)
+    (request,) = small.add("g", source_tokens(5), SamplingParams(
+        temperature=0, max_tokens=100, logit_bias={a: 100},
+        structured_output=StructuredOutput(regex="((a{1,9999}){1,9999}){1,9999}")))
+    run(small)
+    assert request.finish_reason == "abort" and "too many expressions" in str(request.stop_reason)
+
+
+def test_a_grammar_keeps_min_tokens_from_stop_token_ids(small: Engine) -> None:
+    asked = dict(temperature=0, max_tokens=30, structured_output=StructuredOutput(regex="[a-z ]*"))
+    (free,) = small.add("free", source_tokens(20), SamplingParams(**asked))
+    run(small)
+    stop = free.output_token_ids[:2]
+    (held,) = small.add("held", source_tokens(20), SamplingParams(**asked, min_tokens=10, stop_token_ids=stop))
+    run(small)
+    assert held.n_output >= 10 and not set(stop) & set(held.output_token_ids[:10])
+
+
+def test_a_model_without_an_end_generates_without_grammars(small: Engine) -> None:
+    endless = copy.copy(tokenizer())
+    endless.eos_token_id = None
+    engine = Engine(small.model, replace(small.model_config, eos_token_ids=()), small.config, endless)
+    (request,) = engine.add("free", source_tokens(5), GREEDY)
+    run(engine)
+    assert request.n_output == 24
+    with pytest.raises(ValueError, match="Structured output needs a token that ends it"):
+        engine.check([1], SamplingParams(structured_output=StructuredOutput(regex="a")))

@@ -89,7 +89,12 @@ def test_a_refused_prompt_leaves_nothing_behind(llm: LLM) -> None:
         llm.generate([[5], []])
     with pytest.raises(ValueError, match="A prompt is text or a list of token ids; got dict"):
         llm.generate([{"prompt": "x"}])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="sampling_params has 0 entries for 1 prompts"):
+        llm.generate([5], [])
     assert not llm.engine.has_work()
+    with pytest.raises(ValueError, match="priority must be between"):
+        llm.generate([[5], [6]], priority=[0, 2**40])
+    assert not llm.engine.scheduler.has_requests
 
 
 @pytest.mark.parametrize("options, says", [
