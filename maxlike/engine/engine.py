@@ -272,7 +272,7 @@ class Engine:
         edits: list[tuple[int, float, int]] = [(id, bias, _FOREVER) for id, bias in params.logit_bias.items()]
         if params.min_tokens and request.grammar is None:  # a grammar's mask sees to it
             ending = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos)}
-            edits += [(id, -np.inf, params.min_tokens) for id in sorted(ending)]
+            edits += [(id, -np.inf, min(params.min_tokens, _FOREVER)) for id in sorted(ending)]
         penalised = params.is_penalised
         self._slot_params.set(
             request.slot, n_prompt=request.n_prompt, full=not params.is_plainly_greedy,

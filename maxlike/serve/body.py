@@ -66,6 +66,9 @@ def _check_content_type(value: str | None) -> None:
     message["content-type"] = value or ""
     if not value or message.get_content_type() != "application/json":
         raise ApiError(415, f"Content-Type must be application/json; got {value or 'none'}.")
-    charset = message.get_content_charset("utf-8")
+    try:
+        charset = message.get_content_charset("utf-8")
+    except (TypeError, ValueError):  # it cannot put together a parameter in parts, where some have no number
+        charset = value
     if charset not in ("utf-8", "utf8"):
         raise ApiError(415, f"The body must be in UTF-8; got charset {charset}.")

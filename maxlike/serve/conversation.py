@@ -10,7 +10,7 @@ from maxlike.serve.errors import ApiError
 from maxlike.serve.protocol import ChatMessage, Templated, Tool
 from maxlike.serve.service import Service, in_thread
 
-_RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}
+_RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "self"}  # the last is Python's
 
 
 async def conversation_ids(service: Service, messages: Sequence[ChatMessage], templated: Templated, *,
@@ -27,7 +27,7 @@ async def conversation_ids(service: Service, messages: Sequence[ChatMessage], te
                        "--chat-template.", param="messages", code="no_chat_template")
     variables = templated.chat_template_kwargs or {}
     if taken := sorted(_RESERVED & set(variables)):
-        raise ApiError(400, f"chat_template_kwargs may not hold {', '.join(taken)}: the request has fields for that.",
+        raise ApiError(400, f"chat_template_kwargs may not hold {', '.join(taken)}: these names are taken.",
                        param="chat_template_kwargs")
     developer = "developer" if "developer" in (tokenizer.chat_template or "") else "system"
     given = [_message(message, developer, f"messages[{i}]") for i, message in enumerate(messages)]

@@ -14,6 +14,9 @@ from pydantic import model_validator as validator
 from maxlike.engine.sampling_params import MAX_LOGPROBS, SamplingParams, StructuredOutput
 from maxlike.serve.config import MAX_PROMPTS
 
+MAX_STOP = 4096
+"""Most characters of all stop texts: the engine takes time to prepare them, for each continuation."""
+
 Text = Annotated[str, StringConstraints(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
@@ -104,6 +107,13 @@ class Generation(Harmless):
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+    @validator(mode="after")
+    def _stop_is_short(self) -> Self:
+        length = len(self.stop) if isinstance(self.stop, str) else sum(map(len, self.stop or ()))
+        if length > MAX_STOP:
+            raise ValueError(f"stop may have {MAX_STOP} characters in all; got {length}.")
+        return self
 
     @validator(mode="after")
     def _options_of_a_stream(self) -> Self:
@@ -231,9 +241,11 @@ class ResponseFormat(Body):
 
     @validator(mode="after")
     def _schema_where_it_belongs(self) -> Self:
-        has_schema = self.json_schema is not None and self.json_schema.schema_ is not None
-        if has_schema != (self.type == "json_schema"):
-            raise ValueError(f"type {self.type!r} {'takes no' if has_schema else 'needs a'} json_schema.schema.")
+        if self.type != "json_schema":
+            if self.json_schema is not None:
+                raise ValueError(f"type {self.type!r} takes no json_schema.")
+        elif self.json_schema is None or self.json_schema.schema_ is None:
+            raise ValueError("type 'json_schema' needs a json_schema.schema.")
         return self
 
     def structured_output(self) -> StructuredOutput | None:

@@ -185,6 +185,9 @@ def test_the_longest_sequence_is_a_limit() -> None:
         engine.add("b", source_tokens(32), SamplingParams())
     engine.add("c", source_tokens(32), SamplingParams(max_tokens=0, prompt_logprobs=1))  # only read, it fits
     run(engine)
+    (endless,) = engine.add("d", source_tokens(20), SamplingParams(max_tokens=None, min_tokens=2**40))
+    run(engine)
+    assert endless.finish_reason == "length" and len(endless.token_ids) == 32
     assert engine.scheduler.pool.n_used == 0
 
 

@@ -62,6 +62,8 @@ def error_of(reply: httpx2.Response, status: int) -> dict[str, Any]:
         ({"prompt": "x", "seed": 2**63}, "seed", "less than"),
         ({"prompt": "x", "stop": ""}, "stop", "none empty"),
         ({"prompt": "x", "stop": ["a"] * 65}, "stop", "at most 64"),
+        ({"prompt": "x", "stop": "a" * 4097}, "stop", "4096 characters in all; got 4097"),
+        ({"prompt": "x", "stop": ["a" * 4000, "b" * 97]}, "stop", "4096 characters in all; got 4097"),
         ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias.a.[key]", "match"),
         ({"prompt": "x", "logit_bias": {"1": 101}}, "logit_bias.1", "100"),
         ({"prompt": "x", "logit_bias": [1]}, "logit_bias", "dictionary"),
@@ -140,6 +142,9 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
         ({"messages": USER, "functions": []}, "functions", "Use tools"),
         ({"messages": USER, "reasoning_effort": "high"}, "reasoning_effort", "chat_template_kwargs"),
         ({"messages": USER, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "may not hold"),
+        ({"messages": USER, "chat_template_kwargs": {"self": 1}}, "chat_template_kwargs", "may not hold self"),
+        ({"messages": USER, "response_format": {"type": "json_object", "json_schema": {"name": "x"}}},
+         "response_format", "takes no json_schema"),
         ({"messages": USER, "logprobs": 3}, "logprobs", "boolean"),
     ],
 )
@@ -192,6 +197,7 @@ def test_not_json(client: httpx2.Client, engine: FakeEngine, data: bytes) -> Non
     [
         (None, 415), ("text/plain", 415), ("application/x-www-form-urlencoded", 415), ("application/json", 200),
         ("Application/JSON; charset=UTF-8", 200), ("application/json; charset=latin-1", 415), (";;;", 415),
+        ("application/json; charset*=a; charset*0=b", 415), ("application/json; charset*=utf-8''utf-8", 200),
     ],
 )
 def test_the_content_type_must_be_json(client: httpx2.Client, content_type: str | None, status: int) -> None:
