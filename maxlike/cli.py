@@ -17,15 +17,16 @@ import jax
 import maxlike
 from maxlike.bench.command import add_command as add_bench_command
 from maxlike.engine.config import EngineConfig
-from maxlike.engine.engine import check_prompt
 from maxlike.engine.flags import (
     add_cache_dtype_flag,
     add_compilation_cache_flag,
     add_load_flags,
     devices_present,
     mesh_of_size,
+    read_text,
 )
 from maxlike.engine.loading import has_tokenizer, load_engine
+from maxlike.engine.request import check_prompt
 from maxlike.engine.sampling_params import SamplingParams
 from maxlike.kernels.paged_attention import choose_implementation, implementation_named
 from maxlike.models.build import compute_dtype, default_kv_params
@@ -88,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("--prompt-ids", metavar="1,2,3", help="token ids to continue; no tokenizer is needed")
     generate.add_argument("--chat", action="store_true", help="the prompt is a user's message: put it into the "
                           "checkpoint's chat template")
+    generate.add_argument("--chat-template", type=Path, metavar="FILE", help="with --chat: a Jinja template in place "
+                          "of the checkpoint's")
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default 128")
     generate.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     generate.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest; 0: all")
@@ -128,11 +131,17 @@ def _generate(args: argparse.Namespace) -> None:
         repetition_penalty=args.repetition_penalty, stop=args.stop, max_tokens=args.max_new_tokens)
     if args.chat and args.prompt_ids is not None:
         raise ValueError("--chat needs text to put into the template; --prompt-ids gives token ids.")
+    if args.chat_template is not None and not args.chat:
+        raise ValueError("--chat-template says how --chat puts the prompt: give both.")
     folder = resolve(args.model)
     config, _ = parse_config(folder)
     mesh = mesh_of_size(config, args.tp)
     # A checkpoint without a tokenizer is still good for ids.
     tokenizer = None if args.prompt_ids is not None and not has_tokenizer(folder) else Tokenizer.from_folder(folder)
+    if args.stop and tokenizer is None:
+        raise ValueError(f"--stop is about text, and {folder} has no tokenizer.json.")
+    if args.chat_template is not None and tokenizer is not None:
+        tokenizer = tokenizer.with_chat_template(read_text(args.chat_template, "chat template"))
     prompt = _prompt_ids(args, tokenizer)
     check_prompt(prompt, config.vocab_size, config.max_position_embeddings)  # before the weights, which take a while
 

@@ -92,7 +92,7 @@ class AsyncEngine:
     @classmethod
     def from_model(cls, model: str | os.PathLike[str], config: EngineConfig | None = None, *,
                    max_queue: int | None = None, **options: Any) -> AsyncEngine:
-        """Of a checkpoint; arguments as `LLM` has them. `start` is still to be called."""
+        """Of a checkpoint; arguments as `LLM` has them. `start` is still to be called, as `with engine:` does."""
         config, load_options = EngineConfig.from_options(config, options)
         return cls(load_engine(model, config, **load_options), max_queue=max_queue)
 
@@ -141,6 +141,15 @@ class AsyncEngine:
         assert self._thread is None, "started already"
         self._thread = threading.Thread(target=self._run, name="maxlike-engine", daemon=True)
         self._thread.start()
+
+    def __enter__(self) -> AsyncEngine:
+        """Started."""
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closed."""
+        self.close()
 
     def check(self, prompt: Sequence[int], params: SamplingParams, *, embed: bool = False) -> None:
         """As `Engine.check`; may take a while where a grammar is to be compiled."""
@@ -226,7 +235,9 @@ class AsyncEngine:
         return True
 
     def close(self) -> None:
-        """Ends the thread after the step that runs; requests that are there fail with `EngineDeadError`."""
+        """Ends the thread after the step that runs, and waits for it; requests that are there fail with
+        `EngineDeadError`. An event loop has it called by another thread (`asyncio.to_thread`).
+        """
         self._closing = True
         with self._wake:
             self._wake.notify()
@@ -261,7 +272,8 @@ class AsyncEngine:
     def _why_not(self) -> str:
         if self.error is not None:
             return f"it ended with {type(self.error).__name__}: {self.error}"
-        return "it was closed" if self._closing else "it is being drained" if self._draining else "it was not started"
+        return "it was closed" if self._closing else "it is being drained" if self._draining else (
+            "it was not started: call start(), or use it as in `with engine:`")
 
     def _n_waiting(self) -> int:
         # While nobody waits, those that the engine has not come to yet will find the free slots.

@@ -56,7 +56,8 @@ class EngineConfig:
         if self.max_model_len is not None and (not isinstance(self.max_model_len, int) or self.max_model_len < 2):
             raise ValueError(f"max_model_len must be at least 2 tokens, one read and one written; got "
                              f"{self.max_model_len!r}.")
-        if self.memory_share is not None and not 0 < self.memory_share <= 1:
+        if self.memory_share is not None and not (isinstance(self.memory_share, int | float)
+                                                  and 0 < self.memory_share <= 1):
             raise ValueError(f"memory_share must be above 0 and at most 1; got {self.memory_share!r}.")
         if self.num_pages is not None and self.kv_cache_memory is not None:
             raise ValueError(f"num_pages={self.num_pages} and kv_cache_memory={self.kv_cache_memory} both size the KV "

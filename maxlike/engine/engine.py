@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,19 +20,23 @@ from maxlike.engine.batch import SlotParams, pack_drawing, pack_rows
 from maxlike.engine.config import EngineConfig
 from maxlike.engine.detokenizer import Detokenizer
 from maxlike.engine.grammar import GrammarCompiler
+from maxlike.engine.logprobs import logprob_entries
 from maxlike.engine.memory import n_pages_for
 from maxlike.engine.metrics import EngineMetrics
-from maxlike.engine.output import FinishReason, Logprob
+from maxlike.engine.output import FinishReason
 from maxlike.engine.page_pool import PagePool
-from maxlike.engine.request import Request, RequestState
+from maxlike.engine.request import Request, RequestState, check_prompt
 from maxlike.engine.runner import SCORED_ROWS, ModelRunner
 from maxlike.engine.sampling import Sampled, seed_words
-from maxlike.engine.sampling_params import SamplingParams
+from maxlike.engine.sampling_params import MAX_EDITS, SamplingParams
 from maxlike.engine.scheduler import Scheduler, Step
 from maxlike.engine.weights import exchange_weights
 from maxlike.models.config import TransformerConfig
+from maxlike.models.family import hf_name
+from maxlike.models.registry import family_of
 from maxlike.models.tokenizer import Tokenizer
 from maxlike.nn.transformer.distributed_transformer import DistributedTransformer
+from maxlike.nn.transformer.segments import named_parameters
 
 _FOREVER = 2**31 - 1
 
@@ -127,6 +131,10 @@ class Engine:
             if outside := [id for id in ids if id >= vocab_size]:
                 raise ValueError(f"{name} names token {outside[0]}, which is beyond the vocabulary: ids are 0 to "
                                  f"{vocab_size - 1}.")
+        n_edits = len(params.logit_bias) + (len(params.stop_token_ids) + len(self._eos) if params.min_tokens else 0)
+        if n_edits > MAX_EDITS:
+            raise ValueError(f"logit_bias, and with min_tokens the tokens that end the output, come to {n_edits} token "
+                             f"ids; there may be {MAX_EDITS}.")
         if self.tokenizer is None and (params.stop or params.structured_output):
             raise ValueError("stop and structured_output are about text, and the checkpoint has no tokenizer.")
         if params.structured_output is not None:
@@ -231,7 +239,8 @@ class Engine:
 
         Args:
             params: a model of the same structure, its `nnx.state`, or `{name: array}` for all parameters or some, by
-                the names of `named_parameters`; arrays are copied, and cast to the engine's dtypes.
+                their names here (`norm.weight`, `layers.0.mlp.up_proj.weight`) or in Hugging Face checkpoints; arrays
+                are copied, and cast to the engine's dtypes.
 
         Raises:
             ValueError: structures, names or shapes differ; nothing has changed then.
@@ -239,8 +248,16 @@ class Engine:
         if self._pending is not None:
             self._collect(self._pending)
             self._pending = None
-        exchange_weights(self.model, params)
-        self.runner.set_weights(self.model)
+        family = family_of({"model_type": self.model_config.model_type})
+        aliases = {hf_name(family, name): name for names, _, _ in named_parameters(self.model) for name in names}
+        self.runner.let_go_of_weights()
+        try:
+            exchange_weights(self.model, params, aliases)
+        finally:
+            self.runner.set_weights(self.model)
+        for request in (request for siblings in self._requests.values() for request in siblings):
+            if request.prompt_logprobs is not None and not request.n_output:  # all of them by one model
+                request.prompt_logprobs, request.n_scored = [None], 0
         self.scheduler.preempt_all()
         self.scheduler.pool.clear_cache()
 
@@ -341,7 +358,7 @@ class Engine:
         for request, n, sampled in launched.scores:
             entries = request.prompt_logprobs
             if request.state is not RequestState.FINISHED and entries is not None:
-                entries += _logprob_entries(sampled, range(n), request.token_ids[len(entries):],
+                entries += logprob_entries(sampled, range(n), request.token_ids[len(entries):],
                                             request.params.prompt_logprobs)
         for request, row in launched.read:
             if request.state is not RequestState.FINISHED:
@@ -354,7 +371,7 @@ class Engine:
         if launched.sampled is not None:
             for i, request in enumerate(launched.requests):
                 if request.logprobs is not None and request.state is not RequestState.FINISHED:
-                    request.logprobs += _logprob_entries(launched.sampled, [i], [tokens[i]], request.params.logprobs)
+                    request.logprobs += logprob_entries(launched.sampled, [i], [tokens[i]], request.params.logprobs)
         now, page_size, moved = time.perf_counter(), self._page_size, self._moved
         n_dropped = 0
         for request, token in zip(launched.requests, tokens, strict=True):
@@ -403,6 +420,9 @@ class Engine:
         request.metrics.finished = time.perf_counter()
         if request.detokenizer is not None:
             request.pieces.append(request.detokenizer.flush())
+            if reason == "length" and request.detokenizer.stopped_by is not None:  # by what had been held back
+                reason, stop_reason = "stop", request.detokenizer.stopped_by
+                request.finish_reason, request.stop_reason = reason, stop_reason
         self.scheduler.finish(request)
         self._n_constrained -= request.grammar is not None
         self.metrics.finished[reason] += 1
@@ -416,27 +436,3 @@ class Engine:
         metrics.running, metrics.waiting = scheduler.n_running, scheduler.n_waiting
         metrics.preemptions, metrics.pages_used = scheduler.n_preemptions, scheduler.pool.n_used
         metrics.queried_tokens, metrics.cached_tokens = scheduler.pool.queried_tokens, scheduler.pool.hit_tokens
-
-
-def check_prompt(prompt: Sequence[int], vocab_size: int, max_seq_len: int | None = None) -> None:
-    """Raises `ValueError` for a prompt that is empty, too long to continue, or holds an id beyond the vocabulary."""
-    if len(prompt) == 0:
-        raise ValueError("The prompt is empty: give at least one token.")
-    if outside := [t for t in prompt if not 0 <= t < vocab_size]:
-        raise ValueError(f"Token id {outside[0]} is beyond the vocabulary: ids are 0 to {vocab_size - 1}.")
-    if max_seq_len is not None and len(prompt) >= max_seq_len:
-        raise ValueError(f"The prompt has {len(prompt)} tokens; the model takes at most {max_seq_len}, the new "
-                         f"ones counted. Shorten it to {max_seq_len - 1} or fewer.")
-
-
-def _logprob_entries(sampled: Sampled, rows: Collection[int], tokens: Sequence[int],
-                     n_top: int | None) -> list[dict[int, Logprob]]:
-    """For each row the logprobs of its token, then of the likeliest `n_top`, by token id."""
-    logprob, rank, top_ids, top_logprobs = (np.asarray(array) for array in sampled[1:])
-    entries = []
-    for row, token in zip(rows, tokens, strict=False):
-        entry = {token: Logprob(float(logprob[row]), int(rank[row]))}
-        for place in range(min(n_top or 0, top_ids.shape[1])):
-            entry.setdefault(int(top_ids[row, place]), Logprob(float(top_logprobs[row, place]), place + 1))
-        entries.append(entry)
-    return entries

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -50,7 +51,8 @@ def add_engine_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
                         "256 elsewhere")
     parser.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="tokens of a step; default 512 on CPU, "
                         "2048 elsewhere")
-    parser.add_argument("--max-model-len", type=int, metavar="N", help="longest sequence; default: the model's own")
+    parser.add_argument("--max-model-len", type=int, metavar="N", help="longest sequence; default: the model's own, or "
+                        "what the cache holds")
     parser.add_argument("--page-size", type=int, metavar="N", help="tokens of a page of the KV cache; default 64")
     parser.add_argument("--num-pages", type=int, metavar="N", help="pages of the KV cache; default: what the memory "
                         "holds and the sequences can fill")
@@ -108,3 +110,13 @@ def memory_size(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"a size is expected, in bytes or as 512M or 4G; got {text!r}")
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def read_text(file: Path, what: str) -> str:
+    """A file's text. Raises `ValueError` where it cannot be read, or is not UTF-8; `what` it is."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"The {what} {file} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The {what} {file} is not UTF-8: {error}.") from error

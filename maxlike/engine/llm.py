@@ -81,19 +81,23 @@ class LLM:
 
     def chat(self, messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
              sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *,
-             tools: Sequence[Mapping[str, Any]] | None = None, add_generation_prompt: bool = True,
-             use_tqdm: bool = True, **template_variables: Any) -> list[RequestOutput]:
+             tools: Sequence[Mapping[str, Any]] | None = None, chat_template: str | None = None,
+             add_generation_prompt: bool = True, use_tqdm: bool = True,
+             **template_variables: Any) -> list[RequestOutput]:
         """As `generate`, for one conversation or many, through the checkpoint's chat template.
 
         Args:
             messages: `{"role": ..., "content": ...}` each.
             tools: JSON schemas of functions, for the template.
+            chat_template: Jinja source, in place of the checkpoint's.
             template_variables: go to the template as they are.
 
         Raises:
             ValueError: there is no tokenizer or template, or it refuses the messages; or as `generate`.
         """
         tokenizer = self._tokenizer_for("chat")
+        if chat_template is not None:
+            tokenizer = tokenizer.with_chat_template(chat_template)
         conversations: Any = messages if messages and not isinstance(messages[0], Mapping) else [messages]
         prompts = [tokenizer.encode_chat(conversation, tools=tools, add_generation_prompt=add_generation_prompt,
                                          **template_variables) for conversation in conversations]
@@ -136,12 +140,16 @@ class LLM:
 
     def _prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[tuple[str | None, list[int]]]:
         """Text, where it was given, and token ids of each."""
-        many: Any = [prompts] if isinstance(prompts, str) or _are_ids(prompts) else prompts
+        if not isinstance(prompts, str | Sequence | np.ndarray):
+            raise ValueError(f"Prompts are text, a list of token ids, or a list of such; got {type(prompts).__name__}.")
+        many: Any = [prompts] if isinstance(prompts, str) or (len(prompts) and _are_ids(prompts)) else prompts
         given: list[tuple[str | None, list[int]]] = []
         for prompt in many:
             if isinstance(prompt, str):
                 given.append((prompt, self._tokenizer_for("text").encode(prompt)))
             elif _are_ids(prompt):
+                if wrong := [id for id in prompt if isinstance(id, bool) or not isinstance(id, int | np.integer)]:
+                    raise ValueError(f"A prompt of token ids holds whole numbers; got {wrong[0]!r}.")
                 given.append((None, [int(id) for id in prompt]))
             else:
                 raise ValueError(f"A prompt is text or a list of token ids; got {type(prompt).__name__}.")

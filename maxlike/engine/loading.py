@@ -40,7 +40,7 @@ def load_engine(model: str | os.PathLike[str], config: EngineConfig | None = Non
     if chat_template is not None:
         if tokenizer is None:
             raise ValueError(f"A chat template was given, but {folder} has no tokenizer.json to use it with.")
-        tokenizer.chat_templates = {"default": chat_template}
+        tokenizer = tokenizer.with_chat_template(chat_template)
     mesh = mesh_for(model_config, devices)
     config = config or EngineConfig()
     page_size = config.for_model(model_config, mesh_platform(mesh)).page_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -112,3 +113,14 @@ class Request:
         self.pieces.clear()
         self.n_given += len(token_ids)
         return delta
+
+
+def check_prompt(prompt: Sequence[int], vocab_size: int, max_seq_len: int | None = None) -> None:
+    """Raises `ValueError` for a prompt that is empty, too long to continue, or holds an id beyond the vocabulary."""
+    if len(prompt) == 0:
+        raise ValueError("The prompt is empty: give at least one token.")
+    if outside := [t for t in prompt if not 0 <= t < vocab_size]:
+        raise ValueError(f"Token id {outside[0]} is beyond the vocabulary: ids are 0 to {vocab_size - 1}.")
+    if max_seq_len is not None and len(prompt) >= max_seq_len:
+        raise ValueError(f"The prompt has {len(prompt)} tokens; the model takes at most {max_seq_len}, the new "
+                         f"ones counted. Shorten it to {max_seq_len - 1} or fewer.")

@@ -85,6 +85,10 @@ class ModelRunner:
         self._head_graphdef, head = nnx.split(model.output)
         self._head_leaves, self._head_treedef = jax.tree.flatten(head)
 
+    def let_go_of_weights(self) -> None:
+        """Forgets the arrays, so that those which the model exchanges are freed; `set_weights` is to follow."""
+        self._leaves, self._head_leaves = [], []
+
     def temporary_bytes(self) -> int:
         """Bytes on each device that the largest programs need beside weights and cache: compiled, they tell."""
         largest = self._lower("forward", self.token_buckets[-1], n_pages=1), self._lower("full", self.row_buckets[-1])

@@ -15,6 +15,7 @@ MAX_LOGPROBS = 20
 MAX_EDITS = 320
 """Most token ids that a request may treat apart: `logit_bias`, and those that `min_tokens` holds back."""
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+_SMALLEST_FLOAT32 = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ class SamplingParams:
             raise ValueError(f"top_p must be above 0 and at most 1; got {self.top_p}.")
         _between("min_p", self.min_p, 0, 1)
         if not (_number("repetition_penalty", self.repetition_penalty)
-                and 0 < self.repetition_penalty <= _LARGEST_FLOAT32):
-            raise ValueError(f"repetition_penalty must be above 0, and finite; got {self.repetition_penalty}.")
+                and _SMALLEST_FLOAT32 <= self.repetition_penalty <= _LARGEST_FLOAT32):
+            raise ValueError(f"repetition_penalty must be above 0, within float32; got {self.repetition_penalty}.")
         _between("frequency_penalty", self.frequency_penalty, -2, 2)
         _between("presence_penalty", self.presence_penalty, -2, 2)
         if self.seed is not None:

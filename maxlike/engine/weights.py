@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,64 +15,65 @@ from maxlike.nn.transformer.segments import named_parameters
 
 
 def exchange_weights(model: DistributedTransformer, params: DistributedTransformer | nnx.State | Mapping[str, Any],
-                     ) -> None:
+                     aliases: Mapping[str, str] | None = None) -> None:
     """Gives the parameters of `model` the values of `params`, copied, in the dtypes and shardings they have.
+
+    One parameter at a time, so that the old ones make room for the new.
 
     Args:
         params: a model of the same structure, its `nnx.state`, or arrays by the names of `named_parameters`, all or
             some, each of the shape in the model or in checkpoints (vocabulary padding is filled with zeros).
+        aliases: other names of parameters -> those.
 
     Raises:
         ValueError: parameters are missing, unknown or of other shapes; names all of them, and changes nothing.
     """
-    named = isinstance(params, Mapping) and not isinstance(params, nnx.State)
-    new = _by_name(model, cast(Mapping[str, Any], params)) if named else _by_path(model, params)
-    old = [param for _, _, param in named_parameters(model)]
-    for param, value in zip(old, new, strict=True):
-        param.set_value(value)
-
-
-def _by_path(model: DistributedTransformer, params: Any) -> list[jax.Array]:
-    if not isinstance(params, nnx.Module | nnx.State):
+    if isinstance(params, nnx.Module | nnx.State):
+        _exchange_all(model, nnx.state(params, nnx.Param) if isinstance(params, nnx.Module)
+                      else params.filter(nnx.Param))
+    elif isinstance(params, Mapping):
+        _exchange_named(model, {(aliases or {}).get(name, name): value for name, value in params.items()})
+    else:
         raise ValueError("Weights are a DistributedTransformer, an nnx.State or a mapping of names to arrays; got "
                          f"{type(params).__name__}.")
-    state = nnx.state(params, nnx.Param) if isinstance(params, nnx.Module) else params.filter(nnx.Param)
-    given = {".".join(map(str, path)): param.get_value() for path, param in nnx.to_flat_state(state)}
-    own = {".".join(map(str, path)): param.get_value()
-           for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def _exchange_all(model: DistributedTransformer, state: nnx.State) -> None:
+    given = {".".join(map(str, path)): param for path, param in nnx.to_flat_state(state)}
+    own = {".".join(map(str, path)): param for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     problems = [f"{name} is missing" for name in own if name not in given]
     problems += [f"{name} is unknown" for name in given if name not in own]
-    problems += [f"{name} has shape {given[name].shape}, the model's {own[name].shape}" for name in own
-                 if name in given and given[name].shape != own[name].shape]
+    for name in own.keys() & given.keys():
+        its, wanted = np.shape(given[name].get_value()), own[name].get_value().shape
+        problems += [f"{name} has shape {its}, the model's {wanted}"] * (its != wanted)
     _raise(problems)
-    return [_placed(given[name], own[name]) for name in own]
+    for name, param in own.items():
+        param.set_value(_placed(given[name].get_value(), param.get_value()))
 
 
-def _by_name(model: DistributedTransformer, params: Mapping[str, Any]) -> list[jax.Array]:
-    problems, known = [], set()
+def _exchange_named(model: DistributedTransformer, params: Mapping[str, Any]) -> None:
+    problems: list[str] = []
+    known = set()
     for names, stacked, param in named_parameters(model):
         known.update(names)
-        own = param.get_value().shape[stacked:]
-        shapes = own, tuple(param.get_metadata("logical_shape"))
-        problems += [f"{name} has shape {np.shape(params[name])}, the model's {shapes[0]}" for name in names
-                     if name in params and np.shape(params[name]) not in shapes]
+        wanted = param.get_value().shape[stacked:]
+        for name in names:
+            its = np.shape(params[name]) if name in params else wanted
+            if its not in (wanted, tuple(param.get_metadata("logical_shape"))):
+                problems.append(f"{name} has shape {its}, the model's {wanted}")
     problems += [f"{name} is unknown" for name in params if name not in known]
     _raise(problems)
-    return [_renewed(params, names, stacked, param.get_value()) for names, stacked, param in named_parameters(model)]
+    for names, stacked, param in named_parameters(model):
+        if any(name in params for name in names):
+            own = param.get_value()
+            rows = [_padded(params[name], own.shape[stacked:], own.dtype) if name in params else own[i]
+                    for i, name in enumerate(names)]
+            param.set_value(_placed(jnp.stack(rows) if stacked else rows[0], own))
 
 
-def _renewed(params: Mapping[str, Any], names: list[str], stacked: bool, own: jax.Array) -> jax.Array:
-    if not any(name in params for name in names):
-        return own
-    shape = own.shape[stacked:]
-    rows = []
-    for i, name in enumerate(names):
-        if name in params:
-            row = jnp.asarray(params[name], own.dtype)
-            rows.append(jnp.pad(row, [(0, full - part) for full, part in zip(shape, row.shape, strict=True)]))
-        else:
-            rows.append(own[i])
-    return _placed(jnp.stack(rows) if stacked else rows[0], own)
+def _padded(value: Any, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    value = jnp.asarray(value, dtype)
+    return jnp.pad(value, [(0, full - part) for full, part in zip(shape, value.shape, strict=True)])
 
 
 def _placed(value: Any, own: jax.Array) -> jax.Array:

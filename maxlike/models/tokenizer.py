@@ -4,6 +4,7 @@
 special tokens, and the chat template is Jinja, rendered as `transformers` renders it.
 """
 
+import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -180,6 +181,17 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The source of the default chat template; None when the checkpoint has none."""
         return self.chat_templates.get("default")
+
+    def with_chat_template(self, source: str) -> "Tokenizer":
+        """This tokenizer with another chat template, the only one. Raises `ValueError` where `source` is not Jinja."""
+        other = copy.copy(self)
+        other.chat_templates, other._compiled = {"default": source}, {}
+        try:
+            other._compiled["default"] = _environment().from_string(source)
+        except jinja2.TemplateError as error:
+            line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+            raise ValueError(f"the chat template that was given{line}: {error}") from error
+        return other
 
     def apply_chat_template(
         self,

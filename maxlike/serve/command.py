@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from maxlike.engine.async_engine import AsyncEngine
-from maxlike.engine.flags import add_engine_flags, engine_options, memory_size
+from maxlike.engine.flags import add_engine_flags, engine_options, memory_size, read_text
 from maxlike.serve.config import MAX_PROMPTS, ServeConfig
 from maxlike.serve.tool_calls import KINDS, detect
 
@@ -75,7 +75,7 @@ def _serve(args: argparse.Namespace) -> int:
         max_body_bytes=args.max_body_size, body_timeout=args.body_timeout,
         max_concurrent_requests=args.max_concurrent_requests, drain_timeout=args.drain_timeout,
         cors_origins=tuple(args.cors_origin))
-    template = None if args.chat_template is None else _read(args.chat_template, "chat template")
+    template = None if args.chat_template is None else read_text(args.chat_template, "chat template")
     engine_config, options = engine_options(args, args.model)
     with bind(config) as bound:
         start = time.perf_counter()
@@ -97,16 +97,7 @@ def _serve(args: argparse.Namespace) -> int:
 def _keys(file: Path | None) -> Sequence[str]:
     if file is None:
         return []
-    keys = [line.strip() for line in _read(file, "file of API keys").splitlines() if line.strip()]
+    keys = [line.strip() for line in read_text(file, "file of API keys").splitlines() if line.strip()]
     if not keys:  # nobody means to let everybody in by that
         raise ValueError(f"The file of API keys {file} is empty: write one key a line.")
     return keys
-
-
-def _read(file: Path, what: str) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"The {what} {file} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"The {what} {file} is not UTF-8: {error}.") from error

@@ -396,7 +396,7 @@ def test_other_weights_without_compiling() -> None:
     assert other != before, "the weights or the pages of old were used again"
     known = running.n_output
     assert known == 24 and running.output_token_ids[:5] == before[:5]
-    engine.update_weights({"norm.weight": own["norm.weight"]})
+    engine.update_weights({"model.norm.weight": own["norm.weight"]})  # as in Hugging Face checkpoints
     assert alone(engine, prompt, GREEDY) == before
     assert engine.runner.n_compiled == compiled
     for wrong, says in (({"nonsense": own["norm.weight"]}, "nonsense is unknown"),

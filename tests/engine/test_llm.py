@@ -67,6 +67,15 @@ def test_chat_goes_through_the_template(llm: LLM) -> None:
     assert [output.outputs[0].token_ids for output in many] == [one.outputs[0].token_ids] * 2
 
 
+def test_a_chat_template_of_one_s_own(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "sort"}]
+    (output,) = llm.chat(messages, SamplingParams(max_tokens=1), chat_template="{{ messages[0].content }}!",
+                         use_tqdm=False)
+    assert output.prompt_token_ids == tokenizer().encode("sort!", add_special_tokens=False)
+    with pytest.raises(ValueError, match="chat template that was given, line 1: "):
+        llm.chat(messages, chat_template="{% for x in %}")
+
+
 def test_scores_are_the_model_s_logprobs(llm: LLM) -> None:
     prompts = [source_tokens(n, start=n) for n in (1, 2, 33, 100)]
     for prompt, score in zip(prompts, llm.score(prompts, use_tqdm=False), strict=True):
@@ -87,6 +96,11 @@ def test_embeddings_have_length_1_and_tell_texts_apart(llm: LLM) -> None:
 def test_a_refused_prompt_leaves_nothing_behind(llm: LLM) -> None:
     with pytest.raises(ValueError, match="prompt is empty"):
         llm.generate([[5], []])
+    for wrong, says in ((None, "Prompts are text.*got NoneType"), ([1, 2.5], "whole numbers; got 2.5"),
+                        ([[1, None]], "whole numbers; got None")):
+        with pytest.raises(ValueError, match=says):
+            llm.generate(wrong)
+    assert llm.generate([]) == llm.score([]) == llm.embed([]) == []
     with pytest.raises(ValueError, match="A prompt is text or a list of token ids; got dict"):
         llm.generate([{"prompt": "x"}])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="sampling_params has 0 entries for 1 prompts"):
