@@ -73,5 +73,5 @@ class Lengths:
 
     def __str__(self) -> str:
         if self.kind == "fixed":
-            return f"{self.first:g}"
-        return f"{self.kind}:{self.first:g}:{self.second:g}"
+            return f"{self.first:.10g}"
+        return f"{self.kind}:{self.first:.10g}:{self.second:.10g}"

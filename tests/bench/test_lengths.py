@@ -10,7 +10,8 @@ def drawn(text: str, n: int = 20_000) -> np.ndarray:
     return Lengths.parse(text).draw(n, np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("text", ["128", "uniform:64:256", "normal:256:64", "lognormal:256:128.5", "1e6"])
+@pytest.mark.parametrize("text", ["128", "uniform:64:256", "normal:256:64", "lognormal:256:128.5", "1e6",
+                                  "uniform:1048577:2147483647"])
 def test_stated_as_read(text: str) -> None:
     assert Lengths.parse(str(Lengths.parse(text))) == Lengths.parse(text)
 
