@@ -31,6 +31,8 @@ class Lengths:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.first) and math.isfinite(self.second)) or self.first < 1:
             raise ValueError(f"a length must be at least 1 token; got {self}.")
+        if max(self.first, self.second) >= 2**31:
+            raise ValueError(f"a length must be below 2**31 tokens; got {self}.")
         if self.kind in ("fixed", "uniform") and (self.first % 1 or self.second % 1):
             raise ValueError(f"a length is a whole number of tokens; got {self}.")
         if self.kind == "uniform" and self.second < self.first:
@@ -71,5 +73,5 @@ class Lengths:
 
     def __str__(self) -> str:
         if self.kind == "fixed":
-            return f"{self.first:g}"
-        return f"{self.kind}:{self.first:g}:{self.second:g}"
+            return f"{self.first:.10g}"
+        return f"{self.kind}:{self.first:.10g}:{self.second:.10g}"

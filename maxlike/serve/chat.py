@@ -65,8 +65,11 @@ def _structured_output(service: Service, body: ChatRequest) -> StructuredOutput 
             raise ApiError(400, f"strict is kept where a call is forced, by tool_choice 'required' or a function's "
                            f"name; with 'auto' leave it out ({', '.join(strict)}).", param="tools")
         return None
-    choice = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else "required"
-    return schema_for(service.tool_format, [as_schema(tool) for tool in body.tools], choice)
+    tools, several = body.tools, body.parallel_tool_calls is not False
+    if isinstance(body.tool_choice, NamedTool):
+        name = body.tool_choice.function.name
+        tools, several = [tool for tool in tools if tool.function.name == name][:1], False
+    return schema_for(service.tool_format, [as_schema(tool) for tool in tools], several=several)
 
 
 class _Answer:

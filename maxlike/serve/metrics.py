@@ -22,12 +22,12 @@ class ServeMetrics:
     def __init__(self, engine: EngineMetrics):
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(engine))
-        self.first_token = Histogram("maxlike_time_to_first_token_seconds", "From a request's arrival to its first "
-                                     "token.", buckets=_LONG, registry=self._registry)
+        self.first_token = Histogram("maxlike_time_to_first_token_seconds", "From when a request has been read to its "
+                                     "first token.", buckets=_LONG, registry=self._registry)
         self.inter_token = Histogram("maxlike_inter_token_latency_seconds", "Between two tokens of a continuation.",
                                      buckets=_SHORT, registry=self._registry)
-        self.end_to_end = Histogram("maxlike_e2e_request_latency_seconds", "From a request's arrival to its end.",
-                                    buckets=_LONG, registry=self._registry)
+        self.end_to_end = Histogram("maxlike_e2e_request_latency_seconds", "From when a request has been read to its "
+                                    "end.", buckets=_LONG, registry=self._registry)
         self.in_flight = Gauge("maxlike_http_requests_in_flight", "Requests with a body that are not answered yet.",
                                registry=self._registry)
         self.responses = Counter("maxlike_http_responses", "Answers by status code; 499: the client hung up.",

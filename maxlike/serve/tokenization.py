@@ -25,7 +25,7 @@ async def tokenize(service: Service, request: Request) -> Response:
         tokenizer = service.tokenizer_for("tokenize")
         token_ids = await in_thread(tokenizer.encode, body.prompt,
                                     add_special_tokens=body.add_special_tokens is not False)
-    names = [service.names.name(id) for id in token_ids] if body.return_token_strs else None
+    names = await in_thread(lambda: list(map(service.names.name, token_ids))) if body.return_token_strs else None
     return JsonReply(Tokens(count=len(token_ids), max_model_len=service.engine.max_model_len, tokens=token_ids,
                             token_strs=names))
 

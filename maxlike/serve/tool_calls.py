@@ -70,30 +70,25 @@ def detect(chat_template: str | None) -> str | None:
     return "llama" if '{"name": function name, "parameters":' in template else None
 
 
-def schema_for(kind: str, tools: Sequence[Mapping[str, Any]], choice: str) -> StructuredOutput:
+def schema_for(kind: str, tools: Sequence[Mapping[str, Any]], *, several: bool) -> StructuredOutput:
     """What an answer looks like that is made of calls: for `StructuredOutput.grammar`, in the form `kind`.
 
     Args:
         kind: one of `KINDS`.
         tools: as OpenAI has them, `{"type": "function", "function": {"name": ..., "parameters": JSON schema}}`. A
             function without `parameters` takes no arguments.
-        choice: `"required"` for one or more calls of any of them (one, where the form has no more), or the name of one
-            for one call of it.
+        several: whether there may be more calls than one, where the form has more.
 
     Raises:
-        ValueError: no such form or function, or a function's parameters are no schema of an object. What llguidance
+        ValueError: no such form, no function, or a function's parameters are no schema of an object. What llguidance
             cannot keep of a schema is found when the grammar is compiled.
     """
     form = _form(kind)
     functions = [tool["function"] for tool in tools]
-    names = [function["name"] for function in functions]
-    if choice != "required":
-        functions = [function for function in functions if function["name"] == choice][:1]
     if not functions:
-        raise ValueError(f"tool_choice is {choice!r}; it must be 'required' or the name of a tool, of which there are: "
-                         f"{', '.join(names) or 'none'}.")
+        raise ValueError("A call is to be forced, and there are no tools to call: give one at least.")
     call = " | ".join(f"call_{i}" for i in range(len(functions)))
-    calls = f"call ({json.dumps(form.between)} call)*" if form.between and choice == "required" else "call"
+    calls = f"call ({json.dumps(form.between)} call)*" if form.between and several else "call"
     lines = [f"start: {json.dumps(form.begin)} {calls} {json.dumps(form.end)}", f"call: {call}"]
     for i, function in enumerate(functions):
         before = f'{form.before}{{"name": {json.dumps(function["name"])}, "{form.arguments}": '

@@ -10,7 +10,8 @@ def drawn(text: str, n: int = 20_000) -> np.ndarray:
     return Lengths.parse(text).draw(n, np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("text", ["128", "uniform:64:256", "normal:256:64", "lognormal:256:128.5", "1e6"])
+@pytest.mark.parametrize("text", ["128", "uniform:64:256", "normal:256:64", "lognormal:256:128.5", "1e6",
+                                  "uniform:1048577:2147483647"])
 def test_stated_as_read(text: str) -> None:
     assert Lengths.parse(str(Lengths.parse(text))) == Lengths.parse(text)
 
@@ -19,7 +20,7 @@ def test_stated_as_read(text: str) -> None:
     "text",
     ["", "0", "-3", "1.5", "nan", "inf", "many", "64:256", "uniform:64", "uniform:1:2:3", "uniform:9:3", "uniform:0:3",
      "uniform:1:2.5", "normal:256", "normal:256:-1", "normal:0:1", "lognormal:nan:1", "lognormal:5:inf", "poisson:3:4",
-     "fixed:3:0"],
+     "fixed:3:0", "1e300", "lognormal:1:1e200", "uniform:1:1e30"],
 )
 def test_refused(text: str) -> None:
     with pytest.raises(ValueError, match="Lengths are given as N, uniform:LOW:HIGH") as error:

@@ -187,6 +187,22 @@ def test_a_forced_call_has_a_grammar(client: httpx2.Client, engine: FakeEngine, 
     assert params.structured_output.grammar is not None and '\\"f\\"' in params.structured_output.grammar
 
 
+def test_what_a_forced_call_may_be(client: httpx2.Client, engine: FakeEngine) -> None:
+    engine.reply = CALL
+    other = {"type": "function", "function": {"name": "required"}}
+
+    def grammar(**more: Any) -> str:
+        chat(client, tools=[TOOL, other], **more)
+        params = engine.calls.pop().params
+        assert params is not None and params.structured_output is not None
+        return params.structured_output.grammar or ""
+
+    several, one = grammar(tool_choice="required"), grammar(tool_choice="required", parallel_tool_calls=False)
+    assert ")*" in several and ")*" not in one and "call_1" in one
+    named = grammar(tool_choice={"type": "function", "function": {"name": "required"}})
+    assert '\\"required\\"' in named and "call_1" not in named and ")*" not in named
+
+
 def test_a_model_whose_calls_nobody_knows() -> None:
     with serving(FakeEngine(), tool_format=None) as (client, _):
         reply = client.post("/v1/chat/completions", json={"messages": USER, "tools": [TOOL]})

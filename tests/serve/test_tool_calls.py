@@ -221,35 +221,34 @@ def allows(structured: StructuredOutput, text: str) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_forced_calls_are_read_back(kind: str) -> None:
-    required, named = schema_for(kind, TOOLS, "required"), schema_for(kind, TOOLS, "weather")
+    required, one_alone = schema_for(kind, TOOLS, several=True), schema_for(kind, TOOLS, several=False)
+    named = schema_for(kind, TOOLS[:1], several=False)
     for call in MADE:
         text = written(kind, [call])
-        assert allows(required, text)
+        assert allows(required, text) and allows(one_alone, text)
         assert allows(named, text) == (call[0] == "weather")
         assert parsed(kind, *text) == ("", [call])
         assert not allows(required, "Sure. " + text) and not allows(required, text[:-1])
     several = written(kind, MADE)
     assert allows(required, several) == (kind != "llama")  # its templates take one call a message
     assert parsed(kind, *several) == ("", MADE)
-    assert not allows(named, written(kind, MADE[:2]))
+    assert not allows(named, written(kind, MADE[:2])) and not allows(one_alone, several)
     assert not allows(required, written(kind, []))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("call", REFUSED)
 def test_what_the_schema_forbids_cannot_be_made(kind: str, call: tuple[str, Any]) -> None:
-    assert not allows(schema_for(kind, TOOLS, "required"), written(kind, [call]))
+    assert not allows(schema_for(kind, TOOLS, several=True), written(kind, [call]))
 
 
 def test_what_cannot_be_forced_is_said() -> None:
-    with pytest.raises(ValueError, match=r"'other'.*weather, now, note"):
-        schema_for("hermes", TOOLS, "other")
-    with pytest.raises(ValueError, match="none"):
-        schema_for("hermes", [], "required")
+    with pytest.raises(ValueError, match="no tools"):
+        schema_for("hermes", [], several=True)
     with pytest.raises(ValueError, match=r"'xml'.*hermes, llama, mistral"):
-        schema_for("xml", TOOLS, "required")
+        schema_for("xml", TOOLS, several=True)
     with pytest.raises(ValueError, match="'xml'"):
         ToolCallParser("xml")
     for parameters in ({"type": "array"}, {"type": ["string", "null"]}):
         with pytest.raises(ValueError, match=r"parameters of function 'f'.*object"):
-            schema_for("hermes", [tool("f", parameters)], "required")
+            schema_for("hermes", [tool("f", parameters)], several=True)
