@@ -29,7 +29,7 @@ MAX_COPIES = 256
 """Continuations that share a compiled grammar before it is compiled anew: what they add to its lexer goes with it."""
 MAX_LEXER_STATES = 50_000
 """Of 1 to 2 kB each. llguidance's own limit is five times that, for a single grammar."""
-MAX_WHITESPACE = 64
+MAX_WHITESPACE = 32
 """Most characters of whitespace in one place of JSON. Without a bound, a small model may never come out of it."""
 _STACK_BYTES = 512 * 2**20
 # llguidance descends once for each definition that leads to the next, some kilobytes at a time: in a thread with the
