@@ -79,7 +79,7 @@ NO_CALLS = {
         '<tool_call>{"name": 1, "arguments": {}}</tool_call>', '<tool_call>{"name": "f" "arguments": {}}</tool_call>',
         '<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>', '<tool_call>{"a": [}</tool_call>',
         '<tool_call>{"name": "f", "arguments": {"x": 1e999}}</tool_call>', '<tool_call>{"name": "\\ud800"}</tool_call>',
-        '<tool_call>{"name": "f", "arguments": ' + '{"x": ' * 2000 + "1" + "}" * 2001 + "</tool_call>",
+        '<tool_call>{"name": "f", "arguments": ' + '{"x": ' * 20_000 + "1" + "}" * 20_001 + "</tool_call>",
     ],
     "llama": [
         "{", '{"name": "Bob"}', '{"name": "Bob", "parameters": {}, "age": 5}', "{x} is a set", f"I say {LF}", LF[:-1],
