@@ -176,9 +176,7 @@ class AsyncEngine:
             while stream.n_open or stream.deltas:
                 yield await stream.take()
         finally:
-            self._streams.pop(request_id, None)
-            if stream.n_open and stream.error is None:
-                self._post(lambda: self._engine.cancel(request_id))
+            self._let_go(request_id, stream)
 
     async def embed(self, prompt: Sequence[int], request_id: str) -> EmbeddingOutput:
         """A prompt's embedding; raises as `generate`."""
@@ -187,9 +185,7 @@ class AsyncEngine:
             while stream.n_open:
                 await stream.take()
         finally:
-            self._streams.pop(request_id, None)
-            if stream.n_open and stream.error is None:
-                self._post(lambda: self._engine.cancel(request_id))
+            self._let_go(request_id, stream)
         assert stream.embedding is not None
         return EmbeddingOutput(request_id, list(prompt), stream.embedding)
 
@@ -268,6 +264,12 @@ class AsyncEngine:
             del self._streams[request_id]
             raise EngineDeadError(f"The engine takes no requests: {self._why_not()}.")
         return stream
+
+    def _let_go(self, request_id: str, stream: _Stream) -> None:
+        """Nobody listens any more: what has not ended is cancelled."""
+        self._streams.pop(request_id, None)
+        if stream.n_open and stream.error is None:
+            self._post(lambda: self._engine.cancel(request_id))
 
     def _why_not(self) -> str:
         if self.error is not None:
