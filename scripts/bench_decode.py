@@ -79,9 +79,13 @@ class Maxlike:
         self.kv, self.device = model.kv_params, jax.devices()[0]
 
         n_prompt, n_sequences = task["prompt_tokens"], max(task["batch"])
-        longest = max(n_prompt + 1, task["context"] + WARM_UP_STEPS + task["steps"] + 3)
+        budget = max(n_prompt, 2 * n_sequences)
+        # The first sequences already decode while the last are being prefilled with what that leaves of the budget.
+        waiting = -(-n_sequences * task["context"] // (budget - n_sequences))
+        self.new_tokens = waiting + WARM_UP_STEPS + task["steps"] + 3
+        longest = max(n_prompt + 1, task["context"] + self.new_tokens)
         self.engine = Engine(model, config, EngineConfig(
-            max_num_seqs=n_sequences, max_num_batched_tokens=max(n_prompt, n_sequences), max_model_len=longest,
+            max_num_seqs=n_sequences, max_num_batched_tokens=budget, max_model_len=longest,
             num_pages=n_sequences * self.kv.pages_for(longest), enable_prefix_caching=False))
         start = time.perf_counter()
         runner = self.engine.runner
@@ -127,7 +131,7 @@ class Maxlike:
     def decode(self, batch: int) -> Timing:
         """`steps` steps of `batch` sequences, each behind `context` tokens."""
         engine, first = self.engine, self.n_requests
-        self.add(batch, self.task["context"], WARM_UP_STEPS + self.task["steps"] + 3)
+        self.add(batch, self.task["context"], self.new_tokens)
 
         def run(n_steps: int) -> None:
             for _ in range(n_steps):

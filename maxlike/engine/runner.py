@@ -173,7 +173,10 @@ class ModelRunner:
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
                 return function(*args)
 
-        return jax.jit(within_mesh, donate_argnums=donate)
+        # Left to itself LLVM uses half of a 512-bit register, and reads a weight a fifth slower. Where there are none
+        # it divides what it was asked for.
+        options = {"xla_cpu_prefer_vector_width": 512} if self.platform == "cpu" else None
+        return jax.jit(within_mesh, donate_argnums=donate, compiler_options=options)
 
     # -- what the programs compute
 

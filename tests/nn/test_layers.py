@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 from jax import P
 from jax.sharding import AxisType, Mesh
+from jax.typing import DTypeLike
 
 from maxlike import nn
 from maxlike.mesh import ShardingRules, make_mesh
@@ -151,7 +152,7 @@ def test_products_accumulate_in_float32(rows: int, n_out: int, dtype: Any) -> No
     assert product == "f32"
 
 
-@pytest.mark.parametrize("rows", [1, 8, 16])
+@pytest.mark.parametrize("rows", [2, 8, 16])
 def test_on_cpu_a_weight_is_the_left_operand_of_few_rows(rows: int) -> None:
     x, weight = jnp.zeros((rows, 8192), BF16), jnp.zeros((384, 8192), BF16)
     compiled = jax.jit(matmul).lower(x, weight).compile().as_text()
@@ -160,15 +161,35 @@ def test_on_cpu_a_weight_is_the_left_operand_of_few_rows(rows: int) -> None:
     assert "f32[384,8192]" not in compiled  # nor is the weight widened
 
 
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("I", [2048, 3072, 8192])
+def test_on_cpu_one_row_reads_the_weight_once(I: int, dtype: DTypeLike) -> None:
+    x, weight = jnp.zeros((1, I), dtype), jnp.zeros((384, I), dtype)
+    compiled = jax.jit(matmul).lower(x, weight).compile()
+    assert " dot(" not in compiled.as_text()
+    # Nothing as large as the weight is written, only its partial sums: a float32 for some 15 columns and more.
+    assert compiled.memory_analysis().temp_size_in_bytes < 384 * 4 * I / 14
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(BF16, 2**-7), (F32, 1e-5)], ids=str)
+@pytest.mark.parametrize("I", [512, 896, 2048, 3072, 4864])
+def test_one_row(I: int, dtype: DTypeLike, tolerance: float) -> None:
+    x, weight = (jnp.asarray(normal(seed, n, I), dtype) for seed, n in ((0, 1), (1, 24)))
+    close(jax.jit(matmul)(x, weight), double(x) @ double(weight).T, tolerance)
+    for bad in (jnp.nan, jnp.inf):  # which no arrangement of the sum may hide
+        assert not jnp.isfinite(jax.jit(matmul)(x.at[0, 7].set(bad), weight)).any()
+
+
 def test_on_cpu_short_rows_of_a_weight_are_multiplied_together() -> None:
     x, weight = jnp.zeros((2, 2048), BF16), jnp.zeros((384, 2048), BF16)
     assert re.search(r"f32\[96,16\]\S* dot\(", jax.jit(matmul).lower(x, weight).compile().as_text())
 
 
+@pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("rows", [1, 3, 8, 16])
 @pytest.mark.parametrize("spec", [P("model", None), P(None, "model"), P(None, None)], ids=str)
-def test_few_bfloat16_rows_on_a_mesh(devices: list[jax.Device], rows: int, spec: P) -> None:
-    mesh = make_mesh(devices[:4])
+def test_few_bfloat16_rows_on_a_mesh(devices: list[jax.Device], rows: int, spec: P, size: int) -> None:
+    mesh = make_mesh(devices[:size])
     x, weight = (jnp.asarray(normal(seed, n, 1024), BF16) for seed, n in ((0, rows), (1, 24)))
     on_mesh = [jax.device_put(y, jax.NamedSharding(mesh, s)) for y, s in ((x, P(None, spec[1])), (weight, spec))]
     y = jax.jit(partial(matmul, out_sharding=jax.NamedSharding(mesh, P(None, None)) if spec[1] else None))(*on_mesh)
