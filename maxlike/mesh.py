@@ -93,15 +93,17 @@ def check_tensor_parallel_size(n: int, n_heads: int, n_kv_heads: int, **dimensio
             f"{n_kv_heads} or be a multiple of it. Legal sizes: {', '.join(map(str, legal))}.")
 
 
-def make_mesh(devices: Sequence[DeviceRef | jax.Device] | None = None, *, n_heads: int | None = None,
-              n_kv_heads: int | None = None, **dimensions: int) -> Mesh:
-    """A mesh with one tensor-parallel axis, `"model"`, over `devices` (default: all of them).
+def make_mesh(devices: Sequence[DeviceRef | jax.Device] | None = None, *, data: int = 1, fsdp: int = 1,
+              n_heads: int | None = None, n_kv_heads: int | None = None, **dimensions: int) -> Mesh:
+    """A mesh over `devices` (default: all) with a tensor-parallel axis, `"model"`, and those to train on before it.
 
-    With more devices than KV heads the model axis is factored into `("kv", "rep")`, `kv = n_kv_heads`: query
-    heads are sharded over both, keys and values over `"kv"` alone, and no KV head is split.
+    With more tensor-parallel devices than KV heads the model axis is factored into `("kv", "rep")`, `kv = n_kv_heads`:
+    query heads are sharded over both, keys and values over `"kv"` alone, and no KV head is split.
 
     Args:
         devices: in the order of the mesh; TPU devices may be reordered to follow the physical ring.
+        data, fsdp: sizes of the axes `"data"` and `"fsdp"`, which a batch's tokens are cut over; the second one cuts
+            the parameters too. An axis of size 1 is left out. What they leave is the tensor-parallel size.
         n_heads, n_kv_heads: of the model. Without `n_heads` no size is refused, without `n_kv_heads` the axis is
             not factored.
         dimensions: further sizes that the mesh must divide, by name, e.g. `intermediate_size=14336`.
@@ -113,17 +115,26 @@ def make_mesh(devices: Sequence[DeviceRef | jax.Device] | None = None, *, n_head
     n = len(resolved)
     if n == 0:
         raise ValueError("make_mesh was given no devices; pass at least one, or None for all of them.")
+    if min(data, fsdp) < 1 or n % (data * fsdp):
+        raise ValueError(f"{n} devices cannot be cut into data={data} times fsdp={fsdp} equal parts; both must be at "
+                         f"least 1, and their product divide {n}.")
     if len(set(resolved)) != n:
         raise ValueError(f"make_mesh was given a device twice: {', '.join(map(str, resolved))}.")
+    tensor_parallel = n // (data * fsdp)
     if n_heads is not None:
         n_kv_heads = n_kv_heads or n_heads
-        check_tensor_parallel_size(n, n_heads, n_kv_heads, **dimensions)
-    ring = jax.make_mesh((n,), ("model",), axis_types=(AxisType.Explicit,), devices=resolved)
-    if n_kv_heads is None or n <= n_kv_heads:
-        return ring
-    if n % n_kv_heads:
-        raise ValueError(f"{n} devices cannot be factored over {n_kv_heads} KV heads; use a multiple of it.")
-    return Mesh(ring.devices.reshape(n_kv_heads, -1), ("kv", "rep"), axis_types=(AxisType.Explicit,) * 2)
+        check_tensor_parallel_size(tensor_parallel, n_heads, n_kv_heads, **dimensions)
+    outer = {name: size for name, size in (("data", data), ("fsdp", fsdp)) if size > 1}
+    axes = outer | {"model": tensor_parallel}
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Explicit,) * len(axes),
+                         devices=resolved)
+    if n_kv_heads is None or tensor_parallel <= n_kv_heads:
+        return mesh
+    if tensor_parallel % n_kv_heads:
+        raise ValueError(f"{tensor_parallel} devices cannot be factored over {n_kv_heads} KV heads; use a multiple "
+                         "of it.")
+    return Mesh(mesh.devices.reshape(*outer.values(), n_kv_heads, -1), (*outer, "kv", "rep"),
+                axis_types=(AxisType.Explicit,) * (len(outer) + 2))
 
 
 def as_mesh(devices: Devices, *, n_heads: int | None = None, n_kv_heads: int | None = None,
@@ -156,9 +167,14 @@ class ShardingRules:
     """Logical axis -> mesh axes. The only place in the package where the two meet.
 
     An axis that a mesh lacks is passed over, so one table serves the plain mesh (`"model"`), the factored one
-    (`"kv", "rep"`) and a single device.
+    (`"kv", "rep"`) and a single device; and one with `"data"` and `"fsdp"` before them, to train on.
+
+    `tokens` is the dimension T of a batch. `hidden` is the dimension D of weights alone, never of activations: a
+    weight is gathered over its axes where it is used (ZeRO stage 3, https://arxiv.org/abs/1910.02054).
     """
 
+    tokens: tuple[str, ...] = ("data", "fsdp")
+    hidden: tuple[str, ...] = ("fsdp",)
     heads: tuple[str, ...] = ("model", "kv", "rep")
     kv_heads: tuple[str, ...] = ("model", "kv")
     mlp: tuple[str, ...] = ("model", "kv", "rep")

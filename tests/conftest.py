@@ -22,6 +22,7 @@ from collections.abc import Iterator
 import hypothesis
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # Compilation makes an example's first run slow and its next ones fast: a deadline would only measure that.
 hypothesis.settings.register_profile("maxlike", hypothesis.settings(), deadline=None)
@@ -44,6 +45,19 @@ def _programs_of_the_command_line_are_kept_elsewhere(tmp_path_factory: pytest.Te
         patch.setattr("maxlike.cli.PROGRAMS", folder)
         patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_test_leaves_a_compilation_cache_behind() -> Iterator[None]:
+    # The command line sets one for its process, which here is every later test's too. Those that compile for a TPU
+    # would find their programs in it, put there by another, and no host without that TPU can load them.
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    if any(getattr(jax.config, name) != value for name, value in before.items()):
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # JAX decides once whether it has one
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -208,9 +208,24 @@ def test_dimensions_that_are_not_divisible(devices: list[jax.Device]) -> None:
         ShardingRules().sharding(explicit(devices, model=2), (3,), "kv_heads")
 
 
+def test_a_mesh_to_train_on(devices: list[jax.Device]) -> None:
+    assert dict(make_mesh(devices, fsdp=4).shape) == {"fsdp": 4, "model": 2}
+    assert dict(make_mesh(devices, data=2, fsdp=2, n_heads=8).shape) == {"data": 2, "fsdp": 2, "model": 2}
+    assert dict(make_mesh(devices, data=2, n_heads=8, n_kv_heads=2).shape) == {"data": 2, "kv": 2, "rep": 2}
+    assert dict(make_mesh(devices, data=8).shape) == {"data": 8, "model": 1}
+    with pytest.raises(ValueError, match="8 devices cannot be cut into data=3 times fsdp=1"):
+        make_mesh(devices, data=3)
+    with pytest.raises(ValueError, match="Tensor-parallel size 4 does not fit a model with 6 heads"):
+        make_mesh(devices, fsdp=2, n_heads=6, n_kv_heads=2)
+    sharding = ShardingRules().sharding(make_mesh(devices, data=2, fsdp=2), (8, 4, 8), "tokens", "heads", None)
+    assert sharding.spec == P(("data", "fsdp"), "model", None)
+    with pytest.raises(ValueError, match="both lie on mesh axis 'fsdp'"):
+        ShardingRules().sharding(make_mesh(devices, fsdp=2), (8, 4), "tokens", "hidden")
+
+
 def test_logical_axes_that_are_not_there(devices: list[jax.Device]) -> None:
     mesh = explicit(devices, model=2)
-    with pytest.raises(ValueError, match=r"'head'; the rules know heads, kv_heads, mlp, vocab"):
+    with pytest.raises(ValueError, match=r"'head'; the rules know tokens, hidden, heads, kv_heads, mlp, vocab"):
         ShardingRules().sharding(mesh, (4,), "head")
     with pytest.raises(ValueError, match=r"Shape \(4, 4\) has 2 dimensions; 1 logical"):
         ShardingRules().sharding(mesh, (4, 4), "heads")

@@ -15,7 +15,7 @@ from maxlike.kernels.ragged_attention import ragged_attention
 from maxlike.mesh import Devices, ShardingRules, as_mesh
 from maxlike.nn.kv_cache import PagedKVCacheCollection
 from maxlike.nn.linear import ColumnParallelLinear, RowParallelLinear
-from maxlike.nn.module import Module, create_param, on_mesh_of
+from maxlike.nn.module import Module, create_param, on_mesh_of, rows_of
 from maxlike.nn.norm import RMSNorm
 from maxlike.nn.rotary_embedding import RotaryEmbedding, apply_rotary
 
@@ -27,7 +27,8 @@ class AttentionMetadata:
 
     Args:
         positions: `int32[T]`, each token's place in its sequence, the cached ones counted.
-        row_offsets: `int32[S + 1]`: tokens `[row_offsets[s], row_offsets[s + 1])` are sequence `s`.
+        row_offsets: `int32[S + 1]`: tokens `[row_offsets[s], row_offsets[s + 1])` are sequence `s`. Where T is cut into
+            R shards, `int32[R, S + 1]`, each shard's own, counted from its first token.
         freqs: cos and sin of the model's rope, both `float32[T, rotary_dim / 2]`.
     """
 
@@ -38,7 +39,15 @@ class AttentionMetadata:
     @classmethod
     def create(cls, n_tokens: int, row_offsets: jax.Array, cache_lengths: jax.Array | None,
                rope: RotaryEmbedding) -> AttentionMetadata:
-        """For `n_tokens` tokens; `cache_lengths` is `int32[S]`, or `None` for no cache."""
+        """For `n_tokens` tokens; `cache_lengths` is `int32[S]`, or `None` for no cache, as it must be for shards."""
+        if row_offsets.ndim == 2:
+            shards = row_offsets.shape[0]
+            token = jnp.arange(n_tokens // shards, dtype=jnp.int32)
+            # Each token's sequence begins at the last offset that is not behind it.
+            starts = jnp.where(row_offsets[:, :, None] <= token, row_offsets[:, :, None], 0).max(axis=1)
+            rows = rows_of(row_offsets)
+            positions = jnp.reshape(token - starts, n_tokens, out_sharding=on_mesh_of(row_offsets, rows))
+            return cls(positions, row_offsets, rope(positions))
         token = jnp.arange(n_tokens, dtype=jnp.int32)
         row = jnp.searchsorted(row_offsets[1:], token, side="right", method="compare_all")
         row = jnp.minimum(row, row_offsets.shape[0] - 2)  # padding tokens: any row will do
@@ -110,10 +119,11 @@ class AttentionWithRope(Module):
         """
         tokens = x.shape[0]
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        rows = rows_of(x)
         q = jnp.reshape(q, (tokens, self.n_heads, self.head_dim),
-                        out_sharding=on_mesh_of(q, None, self.q_axes, None))  # [T, N, H]
+                        out_sharding=on_mesh_of(q, rows, self.q_axes, None))  # [T, N, H]
         k, v = (jnp.reshape(y, (tokens, self.n_kv_heads, self.head_dim),
-                            out_sharding=on_mesh_of(y, None, self.kv_axes, None)) for y in (k, v))  # [T, K, H]
+                            out_sharding=on_mesh_of(y, rows, self.kv_axes, None)) for y in (k, v))  # [T, K, H]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = metadata.freqs if self.rope is None else self.rope(metadata.positions)
@@ -125,5 +135,5 @@ class AttentionWithRope(Module):
             out = ragged_attention(q, k, v, metadata.row_offsets, **options)
         else:
             out, kv_collection = kv_collection.attend(q, k, v, layer_index, metadata.row_offsets, **options)
-        out = jnp.reshape(out, (tokens, self.n_heads * self.head_dim), out_sharding=on_mesh_of(out, None, self.q_axes))
+        out = jnp.reshape(out, (tokens, self.n_heads * self.head_dim), out_sharding=on_mesh_of(out, rows, self.q_axes))
         return self.o_proj(out), kv_collection

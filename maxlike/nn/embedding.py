@@ -8,13 +8,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from maxlike.mesh import Devices, ShardingRules, as_mesh
-from maxlike.nn.module import Module, create_param, on_mesh_of
+from maxlike.nn.module import Module, create_param, gathered, on_mesh_of, rows_of
 
 _normal = jax.nn.initializers.normal(0.02)
 
 
 class VocabParallelEmbedding(Module):
-    """`int32[T] -> [T, hidden_dim]`, replicated; each device looks up the rows that it holds.
+    """`int32[T] -> [T, hidden_dim]`, T cut as the ids are; each device looks up the rows that it holds.
 
     The table is padded to a multiple of the shards; no id reaches the padding. `scale` multiplies the rows,
     rounded to `dtype` first (Gemma's `sqrt(hidden_dim)`). Ids outside the vocabulary are clipped into it here,
@@ -26,14 +26,15 @@ class VocabParallelEmbedding(Module):
         mesh = as_mesh(devices)
         self.vocab_size, self.scale = vocab_size, scale
         shards = rules.shards(mesh, "vocab")
+        self.vocab_axes = rules.sharding(mesh, (shards,), "vocab").spec[0]
         rows = -(-vocab_size // shards) * shards
         self.weight = create_param(_normal, rngs, (rows, hidden_dim), dtype,
-                                   rules.sharding(mesh, (rows, hidden_dim), "vocab", None),
+                                   rules.sharding(mesh, (rows, hidden_dim), "vocab", "hidden"),
                                    logical_shape=(vocab_size, hidden_dim))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """`int32[T] -> [T, hidden_dim]` in the weight's dtype."""
-        weight = self.weight.get_value()
+        weight = gathered(self.weight.get_value(), self.vocab_axes, None)
         ids = jnp.clip(tokens, 0, self.vocab_size - 1)
-        x = weight.at[ids].get(mode="promise_in_bounds", out_sharding=on_mesh_of(weight, None, None))
+        x = weight.at[ids].get(mode="promise_in_bounds", out_sharding=on_mesh_of(weight, rows_of(ids), None))
         return x if self.scale is None else x * jnp.asarray(self.scale, x.dtype)

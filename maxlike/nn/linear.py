@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from maxlike.kernels.collective_matmul import matmul_allreduce
 from maxlike.mesh import Devices, ShardingRules, as_mesh
-from maxlike.nn.module import Module, create_param, on_mesh_of
+from maxlike.nn.module import Module, create_param, gathered, on_mesh_of, rows_of
 
 _lecun_normal = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
 
@@ -44,7 +44,7 @@ _MAX_READERS = 15
 """At how many places of a fused loop XLA:CPU lets a value be read before it writes the value to memory instead."""
 _MIN_SLICE, _MIN_SLICES = 128, 4
 """Columns of a slice, and slices of a row: with less there is more beside the loop than in it."""
-_MAX_PARTIAL_SUMS = 16 * 2**20
+_MAX_PARTIAL_SUMS = 8 * 2**20
 """Bytes of partial sums that stay in a cache between the loop that writes them and the one that adds them up."""
 _MAX_ROWS_BEHIND_WEIGHT = 64
 """With some hundred rows the arithmetic outweighs what rearranging a weight costs, and x on the left is as fast."""
@@ -186,10 +186,11 @@ class ColumnParallelLinear(Module):
         mesh = as_mesh(devices)
         self.out_dim, self.gather_output = out_dim, gather_output
         shards = rules.shards(mesh, out_axis)
+        self.out_axes = rules.sharding(mesh, (shards,), out_axis).spec[0]
         rows = -(-out_dim // shards) * shards if gather_output else out_dim
         if tied_weight is None:
             self.weight = create_param(_lecun_normal, rngs, (rows, in_dim), dtype,
-                                       rules.sharding(mesh, (rows, in_dim), out_axis, None),
+                                       rules.sharding(mesh, (rows, in_dim), out_axis, "hidden"),
                                        logical_shape=(out_dim, in_dim))
         elif tied_weight.get_value().shape == (rows, in_dim):
             self.weight = tied_weight
@@ -202,14 +203,14 @@ class ColumnParallelLinear(Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[T, in_dim] -> [T, out_dim]`."""
-        y = matmul(x, self.weight.get_value())
+        y = matmul(x, gathered(self.weight.get_value(), self.out_axes, None))
         if self.bias is not None:
             y = y + self.bias.get_value()
-        return jax.reshard(y, on_mesh_of(y, None, None))[:, :self.out_dim] if self.gather_output else y
+        return jax.reshard(y, on_mesh_of(y, rows_of(y), None))[:, :self.out_dim] if self.gather_output else y
 
 
 class RowParallelLinear(Module):
-    """`y = sum over devices of x_shard @ weight_shard.T, + bias`: `[T, in_dim] -> [T, out_dim]`, replicated.
+    """`y = sum over devices of x_shard @ weight_shard.T, + bias`: `[T, in_dim] -> [T, out_dim]`, whole on each.
 
     Args:
         in_axis: logical axis of the input: `"mlp"` or `"heads"`.
@@ -223,15 +224,16 @@ class RowParallelLinear(Module):
         mesh = as_mesh(devices)
         self.distributed_gemm_config = distributed_gemm_config
         self.weight = create_param(_lecun_normal, rngs, (out_dim, in_dim), dtype,
-                                   rules.sharding(mesh, (out_dim, in_dim), None, in_axis))
+                                   rules.sharding(mesh, (out_dim, in_dim), "hidden", in_axis))
+        self.in_axes = rules.sharding(mesh, (in_dim,), in_axis).spec[0]
         self.bias = create_param(jax.nn.initializers.zeros, rngs, (out_dim,), dtype,
                                  rules.sharding(mesh, (out_dim,), None)) if has_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[T, in_dim]`, sharded on the last dimension, `-> [T, out_dim]`."""
-        weight = self.weight.get_value()
+        weight = gathered(self.weight.get_value(), None, self.in_axes)
         if self.distributed_gemm_config is not None and self.distributed_gemm_config.enable_matmul_allreduce:
             y = matmul_allreduce(x, weight)
         else:
-            y = matmul(x, weight, out_sharding=on_mesh_of(weight, None, None))
+            y = matmul(x, weight, out_sharding=on_mesh_of(weight, rows_of(x), None))
         return y if self.bias is None else y + self.bias.get_value()

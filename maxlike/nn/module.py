@@ -29,6 +29,17 @@ def on_mesh_of(array: jax.Array, *spec: Any) -> NamedSharding:
     return NamedSharding(jax.typeof(array).sharding.mesh, P(*spec))
 
 
+def rows_of(array: jax.Array) -> Any:
+    """The mesh axes, an entry of a spec, that an array's first dimension lies on: T, of activations."""
+    return (*jax.typeof(array).sharding.spec, None)[0]
+
+
+def gathered(weight: jax.Array, *spec: Any) -> jax.Array:
+    """`weight` sharded as `P(*spec)`, in which the axes that only its storage is cut over (`"fsdp"`) are missing."""
+    sharding = on_mesh_of(weight, *spec)
+    return weight if jax.typeof(weight).sharding == sharding else jax.reshard(weight, sharding)
+
+
 def create_param(init: Initializer, rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike,
                  sharding: NamedSharding, *, logical_shape: tuple[int, ...] | None = None) -> nnx.Param:
     """A parameter of `shape`, each device making its own shard.

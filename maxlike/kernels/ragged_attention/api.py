@@ -37,11 +37,14 @@ def ragged_attention(
     leading mesh axes of q's, as `("kv",)` is of `("kv", "rep")`. The axes left over divide the query heads of
     single KV heads, so with them each shard must hold one KV head. `row_offsets` is replicated.
 
+    They may also be sharded over their tokens, all three alike, no sequence lying on two shards. `row_offsets` is
+    then int32[R, S + 1], sharded over R in the same way, and counts each of the R shards' tokens from its first.
+
     Args:
       q: float[T, N, H], float32 or bfloat16.
       k: float[T, K, H], where K divides N.
       v: float[T, K, H].
-      row_offsets: int32[S + 1], ascending; row_offsets[S] <= T.
+      row_offsets: int32[S + 1], ascending; row_offsets[S] <= T. Or int32[R, S + 1], as above.
       scale: factor on the scores, usually 1 / sqrt(H).
       sliding_window: how many positions a token sees, itself included; None for all.
       soft_cap: bound on the scores' magnitude; None for none.
@@ -61,14 +64,16 @@ def ragged_attention(
     # Axes that are Manual already belong to a shard_map around us: what we see is one shard of theirs.
     axes = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
     if not axes:
-        return blockwise_attention(q, k, v, row_offsets, sinks=sinks, **options)
-    q_spec, kv_spec = _head_specs(q, k, v, mesh)
+        return blockwise_attention(q, k, v, row_offsets.reshape(-1), sinks=sinks, **options)
+    q_spec, kv_spec = _specs(q, k, v, row_offsets, mesh)
     # The custom derivative is inside the shard_map, so that it is shard_map's own transpose that sums the
     # gradients of k and v over the shards that share them.
     sharded = jax.shard_map(
-        lambda q, k, v, row_offsets, sinks: blockwise_attention(q, k, v, row_offsets, sinks=sinks, **options),
+        lambda q, k, v, row_offsets, sinks: blockwise_attention(
+            q, k, v, row_offsets.reshape(-1), sinks=sinks, **options
+        ),
         mesh=mesh,
-        in_specs=(q_spec, kv_spec, kv_spec, jax.P(), jax.P(q_spec[1])),
+        in_specs=(q_spec, kv_spec, kv_spec, jax.P(q_spec[0]), jax.P(q_spec[1])),
         out_specs=q_spec,
         axis_names=axes,
         check_vma=False,
@@ -87,9 +92,17 @@ def _check(q, k, v, row_offsets, sliding_window, soft_cap, sinks):
             "the number of KV heads must divide the number of query heads"
         )
     integers = jnp.issubdtype(row_offsets.dtype, jnp.integer)
-    if row_offsets.ndim != 1 or len(row_offsets) < 2 or not integers:
+    if row_offsets.ndim not in (1, 2) or row_offsets.shape[-1] < 2 or not integers:
         raise ValueError(
-            f"row_offsets is {row_offsets.dtype}{list(row_offsets.shape)}; expected int32[S + 1] with S at least 1"
+            f"row_offsets is {row_offsets.dtype}{list(row_offsets.shape)}; expected int32[S + 1] with S at least 1, or "
+            "int32[R, S + 1] for R shards of the tokens"
+        )
+    mesh, spec = jax.typeof(q).sharding.mesh, jax.typeof(q).sharding.spec
+    shards = math.prod(mesh.shape[axis] for axis in _axes(spec, 0))
+    if math.prod(row_offsets.shape[:-1]) != shards:
+        raise ValueError(
+            f"row_offsets is {row_offsets.dtype}{list(row_offsets.shape)}, and the tokens are cut into {shards} "
+            f"shards; expected the offsets of each, int32[{shards}, S + 1]"
         )
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window is {sliding_window}; expected at least 1, or None for no window")
@@ -99,12 +112,18 @@ def _check(q, k, v, row_offsets, sliding_window, soft_cap, sinks):
         raise ValueError(f"sinks is {sinks.dtype}{list(sinks.shape)}; expected float32[{q.shape[1]}], or None")
 
 
-def _head_specs(q, k, v, mesh):
+def _specs(q, k, v, row_offsets, mesh):
     """The specs of q and of k and v, once it is sure that every shard holds its query heads' KV heads."""
     specs = [jax.typeof(x).sharding.spec for x in (q, k, v)]
     given = f"q, k and v are sharded as {specs[0]}, {specs[1]} and {specs[2]}"
-    if any(_axes(spec, dim) for spec in specs for dim in (0, 2)):
-        raise ValueError(f"{given}; only the heads, dimension 1, may be sharded: reshard the others")
+    if any(_axes(spec, 2) for spec in specs):
+        raise ValueError(f"{given}; only the tokens and the heads may be sharded: reshard the last dimension")
+    token_axes = _axes(specs[0], 0)
+    if any(_axes(spec, 0) != token_axes for spec in (*specs, jax.typeof(row_offsets).sharding.spec)):
+        raise ValueError(
+            f"{given}, row_offsets as {jax.typeof(row_offsets).sharding.spec}; where tokens are sharded, all four must "
+            "be, in the same way, on their first dimension"
+        )
     q_axes, k_axes, v_axes = (_axes(spec, 1) for spec in specs)
     if k_axes != v_axes or q_axes[: len(k_axes)] != k_axes:
         raise ValueError(f"{given}; k's and v's mesh axes must be the same, and the leading ones of q's")
@@ -115,7 +134,7 @@ def _head_specs(q, k, v, mesh):
             f"{given}: {q_shards} shards of the query heads, and {kv_shards} of the {k.shape[1]} KV heads; "
             "where shards share KV heads each must hold exactly one: shard k and v over as many devices as KV heads"
         )
-    return jax.P(None, q_axes or None), jax.P(None, k_axes or None)
+    return jax.P(token_axes or None, q_axes or None), jax.P(token_axes or None, k_axes or None)
 
 
 def _axes(spec: jax.P, dim: int) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from maxlike.nn.kv_cache import KVCacheParams, PagedKVCacheCollection
 from maxlike.nn.linear import DistributedGemmConfig, RowParallelLinear
 from maxlike.nn.module import Module
 from maxlike.nn.rotary_embedding import RotaryEmbedding
-from maxlike.nn.transformer.segments import make_segments
+from maxlike.nn.transformer.segments import CheckpointPolicy, make_segments
 
 __all__ = ["DistributedTransformer", "DistributedTransformerBlock", "ReturnLogits", "ShardableCallable",
            "distribute_value", "forward_sharded_layers", "take"]
@@ -176,12 +176,21 @@ class DistributedTransformer(Module):
         return _jitted("_forward", graphdef, state, pages, tuple(rest), tokens, offsets, n)
 
     def hidden_states(self, tokens: jax.Array | np.ndarray, kv_cache_inputs: tuple[Any, Any, Any] | None,
-                      input_row_offsets: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array | None]:
-        """As a call, but stops before the head: `([T, D] after the final norm, kv_pages)`."""
-        tokens, offsets = self._check_batch(tokens, input_row_offsets, kv_cache_inputs)
+                      input_row_offsets: jax.Array | np.ndarray,
+                      remat: CheckpointPolicy | None = None) -> tuple[jax.Array, jax.Array | None]:
+        """As a call, but stops before the head: `([T, D] after the final norm, kv_pages)`.
+
+        Without a cache the tokens may be sharded over R devices (`ShardingRules.tokens`), no sequence lying on two of
+        them; `input_row_offsets` is then `int32[R, S + 1]`, sharded likewise, and counts from each shard's first.
+
+        Args:
+            remat: what of each block is kept for the backward pass, one of `jax.checkpoint_policies`, the rest being
+                worked out again; `None`: all of it is kept.
+        """
+        tokens, offsets = self._check_batch(tokens, input_row_offsets, kv_cache_inputs, shards_allowed=True)
         pages, *rest = (None,) if kv_cache_inputs is None else kv_cache_inputs
         graphdef, state = nnx.split(self)
-        return _jitted("_hidden_states", graphdef, state, pages, tuple(rest), tokens, offsets)
+        return _jitted("_hidden_states", graphdef, state, pages, tuple(rest), tokens, offsets, remat)
 
     def _check_parts(self) -> None:
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
@@ -195,11 +204,15 @@ class DistributedTransformer(Module):
                 if its != expected:
                     raise ValueError(f"By n_heads and kv_params attention has {expected}, but a layer has {its}.")
 
-    def _check_batch(self, tokens: Any, row_offsets: Any, kv_cache_inputs: Any) -> tuple[Any, Any]:
+    def _check_batch(self, tokens: Any, row_offsets: Any, kv_cache_inputs: Any,
+                     shards_allowed: bool = False) -> tuple[Any, Any]:
         tokens, row_offsets = (x if isinstance(x, jax.Array) else np.asarray(x) for x in (tokens, row_offsets))
         if not all(jnp.issubdtype(x.dtype, jnp.integer) for x in (tokens, row_offsets)):
             raise ValueError(f"tokens and input_row_offsets must be integers; got {tokens.dtype} and "
                              f"{row_offsets.dtype}.")
+        if shards_allowed and row_offsets.ndim == 2 and kv_cache_inputs is None:
+            _check_shards(tokens, row_offsets)
+            return tokens.astype(np.int32), row_offsets.astype(np.int32)
         if tokens.ndim != 1 or row_offsets.ndim != 1 or row_offsets.shape[0] < 2 or tokens.shape[0] < 1:
             raise ValueError("tokens must be int32[T] and input_row_offsets int32[S + 1], with T and S at least 1; got "
                              f"shapes {tokens.shape} and {row_offsets.shape}.")
@@ -222,7 +235,8 @@ class DistributedTransformer(Module):
         return tokens.astype(np.int32), row_offsets.astype(np.int32)
 
     def _hidden_states(self, pages: jax.Array | None, rest: tuple[Any, ...], tokens: jax.Array,
-                       row_offsets: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+                       row_offsets: jax.Array, remat: CheckpointPolicy | None = None,
+                       ) -> tuple[jax.Array, jax.Array | None]:
         row_offsets = jnp.asarray(row_offsets, jnp.int32)
         kv_collection = None if pages is None else self.kv_collection_constructor(pages, *rest)
         if kv_collection is not None and kv_collection.cache_lengths.shape[0] != row_offsets.shape[0] - 1:
@@ -232,7 +246,7 @@ class DistributedTransformer(Module):
             tokens.shape[0], row_offsets, None if kv_collection is None else kv_collection.cache_lengths, self.rope)
         x = self.embedding(tokens)
         for segment in self.segments:
-            x, kv_collection = segment(x, kv_collection, metadata)
+            x, kv_collection = segment(x, kv_collection, metadata, remat)
         return self.norm(x), None if kv_collection is None else kv_collection.pages
 
     def _forward(self, pages: jax.Array | None, rest: tuple[Any, ...], tokens: jax.Array, row_offsets: jax.Array,
@@ -260,11 +274,18 @@ class DistributedTransformer(Module):
 
 @partial(jax.jit, static_argnums=(0, 1, 7), donate_argnums=3)
 def _jitted(method: str, graphdef: nnx.GraphDef, state: nnx.State, pages: jax.Array | None, rest: tuple[Any, ...],
-            tokens: jax.Array, row_offsets: jax.Array, n: int | None = None) -> Any:
+            tokens: jax.Array, row_offsets: jax.Array, option: Any) -> Any:
     model = nnx.merge(graphdef, state)
     with jax.sharding.use_abstract_mesh(model.mesh.abstract_mesh):
-        args = (pages, rest, tokens, row_offsets) + ((n,) if method == "_forward" else ())
-        return getattr(model, method)(*args)
+        return getattr(model, method)(pages, rest, tokens, row_offsets, option)
+
+
+def _check_shards(tokens: Any, row_offsets: Any) -> None:
+    local = jax.typeof(tokens).sharding.shard_shape(tokens.shape) if isinstance(tokens, jax.Array) else tokens.shape
+    if tokens.ndim != 1 or tokens.shape[0] < 1 or row_offsets.shape[0] * local[0] != tokens.shape[0] or (
+            row_offsets.shape[1] < 2):
+        raise ValueError("tokens must be int32[T], cut into R shards, and input_row_offsets int32[R, S + 1]; got "
+                         f"shapes {tokens.shape}, each shard {local}, and {row_offsets.shape}.")
 
 
 def check_mesh(module: nnx.Module, devices: Devices) -> None:

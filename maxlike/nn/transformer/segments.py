@@ -11,7 +11,7 @@ checkpoints speak.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 Groups = Sequence[Sequence[int]]
+CheckpointPolicy = Callable[..., Any]
+"""What `jax.checkpoint` takes as its `policy`: one of `jax.checkpoint_policies`."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,13 @@ class DirectSegment(nnx.Module):
         self.start = start
         self.layers = nnx.List(layers)
 
-    def __call__(self, x: jax.Array, kv_collection: Any, metadata: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, kv_collection: Any, metadata: Any,
+                 remat: CheckpointPolicy | None = None) -> tuple[jax.Array, Any]:
         """`[T, D] -> [T, D]`, and the collection to go on with."""
+        call = _caller(remat)
         for i, layer in enumerate(self.layers):
             graphdef, state = nnx.split(layer)
-            x, kv_collection = _call_layer(graphdef, state, x, self.start + i, kv_collection, metadata)
+            x, kv_collection = call(graphdef, state, x, self.start + i, kv_collection, metadata)
         return x, kv_collection
 
     def layer_indices(self, position: int) -> list[int]:
@@ -107,14 +111,16 @@ class ScannedSegment(nnx.Module):
         self.start, self.period, self.repeats = plan.start, plan.period, plan.repeats
         self.layers = nnx.List([_stack(layers[j::plan.period]) for j in range(plan.period)])
 
-    def __call__(self, x: jax.Array, kv_collection: Any, metadata: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, kv_collection: Any, metadata: Any,
+                 remat: CheckpointPolicy | None = None) -> tuple[jax.Array, Any]:
         """`[T, D] -> [T, D]`, and the collection to go on with."""
+        call = _caller(remat)
         graphdefs, states = zip(*(nnx.split(layer) for layer in self.layers), strict=True)
 
         def body(carry: tuple[jax.Array, Any, jax.Array], states: Any) -> tuple[Any, None]:
             x, kv_collection, i = carry
             for j, (graphdef, state) in enumerate(zip(graphdefs, states, strict=True)):
-                x, kv_collection = _call_layer(graphdef, state, x, i + j, kv_collection, metadata)
+                x, kv_collection = call(graphdef, state, x, i + j, kv_collection, metadata)
             return (x, kv_collection, i + self.period), None
 
         (x, kv_collection, _), _ = jax.lax.scan(body, (x, kv_collection, jnp.int32(self.start)), states)
@@ -133,6 +139,10 @@ def _call_layer(graphdef: nnx.GraphDef, state: nnx.State, x: jax.Array, layer_in
                 kv_collection: Any, metadata: Any) -> tuple[jax.Array, Any]:
     # Jitted so that layers of one structure are traced once, whether scanned or not.
     return nnx.merge(graphdef, state)(x, layer_index, kv_collection, metadata)
+
+
+def _caller(remat: CheckpointPolicy | None) -> Callable[..., tuple[jax.Array, Any]]:
+    return _call_layer if remat is None else jax.checkpoint(_call_layer, policy=remat, static_argnums=0)
 
 
 def _stack(layers: Sequence[nnx.Module]) -> nnx.Module:

@@ -412,11 +412,22 @@ def test_heads_that_are_sharded_apart_are_refused(q_axes, kv_axes, kv_heads, mes
         ragged_attention(q, k, v, jnp.int32([0, 16]), scale=1.0)
 
 
-def test_sharded_tokens_are_refused(devices):
+@pytest.mark.parametrize(
+    "q_axes, kv_axes, offsets, message",
+    [
+        (("data",), ("data",), [0, 16], r"int32\[2\], and the tokens are cut into 2 shards.*int32\[2, S \+ 1\]"),
+        (("data",), (None,), [[0, 8], [0, 8]], "all four must be, in the same way"),
+        (("data",), ("data",), [[0, 8], [0, 8]], "all four must be, in the same way"),  # the offsets are not
+        ((None, None, "data"), (None, None, "data"), [0, 16], "reshard the last dimension"),
+    ],
+)
+def test_shardings_that_are_refused(q_axes, kv_axes, offsets, message, devices):
     mesh = explicit_mesh({"data": 2}, devices)
-    q, k, v, _ = (place(mesh, x, "data") for x in Shape(16, 2, 2, 8).inputs())
-    with pytest.raises(ValueError, match="only the heads"):
-        ragged_attention(q, k, v, jnp.int32([0, 16]), scale=1.0)
+    q, k, v, _ = (place(mesh, x) for x in Shape(16, 2, 2, 8).inputs())
+    q, k, v = (jax.device_put(x, jax.NamedSharding(mesh, jax.P(*axes)))
+               for x, axes in ((q, q_axes), (k, kv_axes), (v, kv_axes)))
+    with pytest.raises(ValueError, match=message):
+        ragged_attention(q, k, v, place(mesh, jnp.int32(offsets)), scale=1.0)
 
 
 @pytest.mark.parametrize(
