@@ -6,6 +6,11 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Of a flag given twice XLA takes the last, so the suite has its eight devices whatever was set before.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # LLVM's optimisations are a third of the suite's time, which is compiling mostly. What XLA itself makes of a
+    # program (fusion, buffers, sharding) stays as users have it; a GPU's programs are left alone, and so are the TPU's,
+    # which do without LLVM.
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 # libtpu compiles for machines that are not there. Without these it asks a metadata server what machine this
 # is, complains at length when none answers, and lets no second process load it.
@@ -18,6 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would need the network fails a
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests start subprocesses
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -37,13 +43,18 @@ def devices() -> list[jax.Device]:
     return found
 
 
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The session's compilation cache. Each worker has its own, since JAX writes to one without a lock."""
+    return tmp_path_factory.mktemp("programs")
+
+
 @pytest.fixture(autouse=True, scope="session")
-def _programs_of_the_command_line_are_kept_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _programs_of_the_command_line_are_kept_elsewhere(programs: Path) -> Iterator[None]:
     """In this process by the constant, in its children by the environment."""
-    folder = str(tmp_path_factory.mktemp("programs"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("maxlike.cli.PROGRAMS", folder)
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+        patch.setattr("maxlike.cli.PROGRAMS", str(programs))
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(programs))
         yield
 
 
@@ -63,6 +74,9 @@ def _no_test_leaves_a_compilation_cache_behind() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="module")
 def _programs_end_with_their_module() -> Iterator[None]:
     # XLA:CPU maps every program into memory several times. The whole suite's come to more mappings than Linux allows a
-    # process (vm.max_map_count, 65,530), and the compiler crashes when it gets no more.
+    # process (vm.max_map_count, 65,530), and the compiler crashes when it gets no more. Modules share small programs,
+    # so they are kept while there is ample room for the next module's.
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or len(maps.read_bytes().splitlines()) > 10_000:
+        jax.clear_caches()

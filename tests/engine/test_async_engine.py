@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,8 @@ SHORT = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with compiling_once(tmp_path_factory.mktemp("cache")):
+def cached(programs: Path) -> Iterator[None]:
+    with compiling_once(programs):
         yield
 
 

@@ -34,9 +34,9 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def cached(programs: Path) -> Iterator[None]:
     """Engines of one size compile the same programs."""
-    with compiling_once(tmp_path_factory.mktemp("cache")):
+    with compiling_once(programs):
         yield
 
 
@@ -90,7 +90,7 @@ def test_64_greedy_requests_under_load_are_each_what_they_are_alone() -> None:
 def test_greedy_requests_under_load_are_each_what_they_are_alone() -> None:
     """As above, smaller."""
     prompts = mixed_prompts(12, seed=3)
-    engine = engine_of(max_num_seqs=8, max_num_batched_tokens=32, page_size=16, max_model_len=256, num_pages=20)
+    engine = engine_of(max_num_seqs=8, max_num_batched_tokens=32, page_size=16, max_model_len=256, num_pages=24)
     requests = [engine.add(str(i), prompt, GREEDY)[0] for i, prompt in enumerate(prompts)]
     run(engine)
     assert engine.scheduler.n_preemptions and engine.metrics.cached_tokens
@@ -382,7 +382,7 @@ def test_priority_goes_first() -> None:
 
 
 def test_other_weights_without_compiling() -> None:
-    engine = engine_of(max_num_seqs=4, max_num_batched_tokens=32, page_size=16, max_model_len=128, num_pages=24)
+    engine = engine_of(max_num_seqs=4, max_num_batched_tokens=32, page_size=16, max_model_len=128, num_pages=9)
     prompt = source_tokens(40)
     before = alone(engine, prompt, GREEDY)
     compiled = engine.runner.n_compiled

@@ -20,15 +20,15 @@ CHATML = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with compiling_once(tmp_path_factory.mktemp("cache")):
+def cached(programs: Path) -> Iterator[None]:
+    with compiling_once(programs):
         yield
 
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     return LLM(EMBEDDED_MODEL, devices=jax.devices("cpu")[:1], dtype="float32", max_num_seqs=8,
-               max_num_batched_tokens=32, page_size=16, max_model_len=256, num_pages=128, chat_template=CHATML)
+               max_num_batched_tokens=32, page_size=16, max_model_len=256, num_pages=80, chat_template=CHATML)
 
 
 def test_outputs_come_in_the_order_of_the_prompts(llm: LLM) -> None:

@@ -20,7 +20,8 @@ def maxlike_serve(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process, and its URL."""
     command = [sys.executable, "-m", "maxlike", "serve", "--port", "0", "--dtype", "float32", "--max-num-seqs", "8",
                "--max-num-batched-tokens", "64", "--num-pages", "128", *flags]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    one_device = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"  # the last one counts
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": one_device}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True)
     said: list[str] = []

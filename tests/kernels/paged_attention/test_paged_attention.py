@@ -69,7 +69,7 @@ def test_random_raggedness(rows, sliding_window, seed):
     soft_cap=st.sampled_from([None, 3.0]),
     seed=st.integers(0, 2**32 - 1),
 )
-@hypothesis.settings(max_examples=40)
+@hypothesis.settings(max_examples=20)  # each compiles anew
 def test_random_shapes(rows, page_size, heads, head_dim, sliding_window, soft_cap, seed):
     case = Case(
         "random", tuple(rows), n_heads=heads[0], kv_heads=heads[1], head_dim=head_dim, page_size=page_size,
