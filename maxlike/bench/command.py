@@ -258,7 +258,8 @@ def _offline(args: argparse.Namespace, version: str) -> None:
     if args.json is not None:
         devices = [device.device_kind for device in options["devices"].devices.flat]
         config = {"model": args.model, "engine": asdict(engine_config), "tp": len(devices), "dtype": args.dtype,
-                  "kv_cache_dtype": args.kv_cache_dtype, "attention": args.attention, "warm_up": args.warmup,
+                  "kv_cache_dtype": args.kv_cache_dtype, "attention": args.attention, "adapter": args.adapter,
+                  "adapter_mode": args.adapter_mode, "warm_up": args.warmup,
                   "workload": _as_json(workload_config)}
         write_json(document("offline", version, config, jax=jax.__version__, devices=devices,
                             repeated_prompts=workload.repeated, left_out_prompts=workload.left_out,

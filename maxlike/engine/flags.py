@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 
 from maxlike.engine.config import EngineConfig
+from maxlike.engine.loading import AdapterMode
 from maxlike.kernels.paged_attention import IMPLEMENTATIONS, implementation_named
 from maxlike.mesh import check_tensor_parallel_size
 from maxlike.models.build import mesh_for
@@ -36,6 +37,13 @@ def add_cache_dtype_flag(parser: argparse.ArgumentParser | argparse._ArgumentGro
                         "float8_e4m3fn takes them where they are")
 
 
+def add_adapter_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Adds `--adapter` and `--adapter-mode`."""
+    parser.add_argument("--adapter", metavar="FOLDER|HUB_ID", help="a LoRA adapter in PEFT's format")
+    parser.add_argument("--adapter-mode", choices=get_args(AdapterMode), default="merged", help="add the adapter into "
+                        "the weights at the start (merged, the default), or work it out beside them at each step")
+
+
 def add_compilation_cache_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Adds `--compilation-cache`, which the command line heeds: it belongs to the process."""
     parser.add_argument("--compilation-cache", metavar="FOLDER", help="keep compiled programs there for the next "
@@ -46,6 +54,7 @@ def add_engine_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
     """Adds all flags that `engine_options` reads: those above, and those of an engine's size."""
     add_load_flags(parser)
     add_cache_dtype_flag(parser)
+    add_adapter_flags(parser)
     add_compilation_cache_flag(parser)
     parser.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences that run at once; default 64 on CPU, "
                         "256 elsewhere")
@@ -77,7 +86,8 @@ def engine_options(args: argparse.Namespace, model: str) -> tuple[EngineConfig, 
         enable_prefix_caching=not args.no_prefix_caching)
     mesh = mesh_of_size(parse_config(resolve(model))[0], args.tp)
     return config, {"devices": mesh, "dtype": args.dtype, "kv_cache_dtype": args.kv_cache_dtype,
-                    "implementation": args.attention and implementation_named(args.attention)}
+                    "implementation": args.attention and implementation_named(args.attention), "adapter": args.adapter,
+                    "adapter_mode": args.adapter_mode}
 
 
 def mesh_of_size(config: TransformerConfig, tp: int | None) -> jax.sharding.Mesh:

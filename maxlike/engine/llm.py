@@ -31,7 +31,7 @@ class LLM:
         model: a local folder, or a hub id such as `"Qwen/Qwen3-0.6B"`.
         config: how large the engine is; or its fields one by one, as in `LLM(model, max_num_seqs=8)`.
         options: fields of `EngineConfig`, or what `load_engine` takes: `devices`, `dtype`, `kv_cache_dtype`,
-            `kv_scales`, `implementation`, `use_subgraphs`, `chat_template`.
+            `kv_scales`, `implementation`, `use_subgraphs`, `chat_template`, `adapter`, `adapter_mode`.
 
     Raises:
         ValueError: an option is unknown or out of range, the model cannot be loaded, or the memory does not hold what

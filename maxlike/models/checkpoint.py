@@ -32,6 +32,7 @@ from maxlike.models.kv_scales import read_scales, scale_of, scale_tensors
 from maxlike.models.registry import family_of, parse_config, unparse_config
 from maxlike.models.safetensors import Checkpoint, CheckpointError, TensorSource, write_checkpoint
 from maxlike.nn.kv_cache import KVScales, as_cache_dtype
+from maxlike.nn.lora import adapted_layers
 from maxlike.nn.transformer.distributed_transformer import DistributedTransformer, ReturnLogits
 from maxlike.nn.transformer.segments import named_parameters
 
@@ -125,7 +126,7 @@ def read_weights(model: DistributedTransformer, family: Family, folder: Path) ->
         with tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=None, leave=False) as bar:
             for names, (stacked, param) in wanted.items():
                 files = [stored[name] for name in names]
-                param.set_value(_read_array(checkpoint, files, stacked, param, model.mesh))
+                param.set_value(read_array(checkpoint, files, stacked, param, model.mesh))
                 bar.update(sum(checkpoint.tensors[name].nbytes for name in files))
 
 
@@ -149,8 +150,9 @@ def _disagreements(checkpoint: Checkpoint, stored: dict[str, str], lost: set[str
                 for name, file in stored.items() if name not in known)
 
 
-def _read_array(checkpoint: Checkpoint, files: list[str], stacked: bool, param: nnx.Param,
+def read_array(checkpoint: Checkpoint, files: list[str], stacked: bool, param: nnx.Param,
                 mesh: jax.sharding.Mesh) -> jax.Array:
+    """The value of `param`, which may be abstract, on `mesh`: of the tensor in `files`, or of one for each slice."""
     abstract = param.get_value()
     logical = tuple(param.get_metadata("logical_shape"))
     sharding = NamedSharding(mesh, jax.typeof(abstract).sharding.spec)
@@ -202,9 +204,12 @@ def save_model(model: DistributedTransformer, config: TransformerConfig, folder:
     caller's to copy.
 
     Raises:
-        ValueError: the model does not fit `config`.
+        ValueError: the model does not fit `config`, or has an adapter that is not merged.
     """
     folder = Path(folder)
+    if adapted := adapted_layers(model):
+        raise ValueError(f"The model has an adapter ({adapted[0].names[0]} and others): merge_lora(model) adds it into "
+                         "the weights, save_adapter writes it by itself.")
     family = family_of({"model_type": config.model_type})
     shapes, meant = _shapes(model), _shapes(nnx.eval_shape(partial(build_model, config, devices=model.mesh)))
     if differing := [name for name in {**meant, **shapes} if shapes.get(name) != meant.get(name)]:
@@ -218,7 +223,7 @@ def save_model(model: DistributedTransformer, config: TransformerConfig, folder:
         value = param.get_value()
         for i, name in enumerate(names):
             tensors.append((hf_name(family, name), shapes[name], np.dtype(value.dtype),
-                            partial(_fetch, value, i if stacked else None, shapes[name])))
+                            partial(fetch_tensor, value, i if stacked else None, shapes[name])))
     config_json = unparse_config(replace(config, dtype=tensors[0][2].name))
     if model.kv_params.scales is not None:
         tensors += scale_tensors(model.kv_params.scales, model.kv_params.dtype)
@@ -236,6 +241,7 @@ def _shapes(model: DistributedTransformer) -> dict[str, tuple[int, ...]]:
             for names, _, param in named_parameters(model) for name in names}
 
 
-def _fetch(value: jax.Array, layer: int | None, logical: tuple[int, ...]) -> np.ndarray:
+def fetch_tensor(value: jax.Array, layer: int | None, logical: tuple[int, ...]) -> np.ndarray:
+    """A parameter's value, or that of the slice `layer` of a stack, in host memory and without padding."""
     array = np.asarray(value if layer is None else value[layer])
     return array[tuple(slice(size) for size in logical)]

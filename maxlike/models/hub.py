@@ -15,6 +15,7 @@ _WANTED = (
     "additional_chat_templates/*.jinja",
     "*.safetensors",
     "*.safetensors.index.json",
+    "adapter_config.json",
 )
 # The same weights a second time: in a subfolder for other programs, or under their maker's own names.
 _UNWANTED = ("*/*.safetensors", "consolidated*.safetensors")

@@ -42,7 +42,7 @@ def parse_config(folder: Path) -> tuple[TransformerConfig, dict[str, Any]]:
         ValueError: a file is missing or unreadable, the model is not supported, or fields are wrong: all of them.
     """
     file = folder / "config.json"
-    config_json = _read_object(file)
+    config_json = read_object(file)
     try:
         config = family_of(config_json).parse(config_json)
     except CheckpointError as error:
@@ -51,7 +51,7 @@ def parse_config(folder: Path) -> tuple[TransformerConfig, dict[str, Any]]:
         raise ValueError(f"{file}: {error}") from None
     generation_file = folder / "generation_config.json"
     if generation_file.exists():
-        reader = ConfigReader(_read_object(generation_file), {})
+        reader = ConfigReader(read_object(generation_file), {})
         eos_token_ids = reader.token_ids("eos_token_id")
         if reader.problems:
             raise CheckpointError(f"{generation_file}: {problem}" for problem in reader.problems)
@@ -75,7 +75,8 @@ def unparse_config(config: TransformerConfig) -> dict[str, Any]:
     return config_json
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """What a JSON file holds. Raises `ValueError` where it is not there, or is no JSON object."""
     try:
         contents = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -93,9 +93,10 @@ class Checkpoint:
         self._files = dict(files)
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> "Checkpoint":
+    def open(cls, folder: str | os.PathLike[str], file: str | None = None) -> "Checkpoint":
         """Open `model.safetensors`, else the shards of `model.safetensors.index.json`, else every
-        `*.safetensors` file in `folder` (the order of `transformers`), and read their headers.
+        `*.safetensors` file in `folder` (the order of `transformers`), and read their headers; with `file`
+        that one alone.
 
         Raises `CheckpointError` when there is nothing to read. Files that are missing or broken do not raise:
         see `problems`.
@@ -103,8 +104,8 @@ class Checkpoint:
         folder = Path(folder)
         problems: list[str] = []
         weight_map: dict[str, str] = {}
-        if (folder / SINGLE_FILE).is_file():
-            paths = [folder / SINGLE_FILE]
+        if file is not None or (folder / SINGLE_FILE).is_file():
+            paths = [folder / (file or SINGLE_FILE)]
         else:
             if (folder / INDEX_FILE).is_file():
                 weight_map = _read_index(folder / INDEX_FILE, problems)
@@ -236,7 +237,7 @@ def write_checkpoint(
     try:
         for file, shard in zip(names, shards, strict=True):
             pending.append((folder / f".{file}.{os.getpid()}.tmp", folder / file))
-            _write_file(pending[-1][0], shard, metadata)
+            write_file(pending[-1][0], shard, metadata)
         if len(shards) > 1:
             pending.append((folder / f".{INDEX_FILE}.{os.getpid()}.tmp", folder / INDEX_FILE))
             weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name, *_ in shard}
@@ -254,7 +255,8 @@ def write_checkpoint(
             path.unlink()
 
 
-def _write_file(path: Path, tensors: list[TensorSource], metadata: Mapping[str, str]) -> None:
+def write_file(path: Path, tensors: Iterable[TensorSource], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file, a tensor at a time; as `write_checkpoint`, which also replaces files safely."""
     # Wide dtypes first, so that every tensor is aligned for readers that map the file.
     tensors = sorted(tensors, key=lambda tensor: -tensor[2].itemsize)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}

@@ -62,6 +62,7 @@ class Tokenizer:
         self._source = source
         self.chat_templates = dict(chat_templates or {})
         self._compiled: dict[str, jinja2.Template] = {}
+        self._marks = ("", "")
         self._texts: dict[bool, TokenTexts] = {}
 
         added = tokenizer.get_added_tokens_decoder()
@@ -125,6 +126,17 @@ class Tokenizer:
                 raise
             raise ValueError(f"{text[:80]!r} holds half a surrogate pair, which no token stands for") from error
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """(ids, offsets) of `text` without special tokens around it: token i stands for `text[offsets[i][0]:[1]]`.
+
+        The tokens of one character that takes several have the same offsets. Raises `ValueError` as `encode` does.
+        """
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        except TypeError as error:
+            raise ValueError(f"{text[:80]!r} holds half a surrogate pair, which no token stands for") from error
+        return encoding.ids, encoding.offsets
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises `ValueError` for unknown ids."""
         ids = [int(id) for id in ids]
@@ -187,10 +199,19 @@ class Tokenizer:
         other = copy.copy(self)
         other.chat_templates, other._compiled = {"default": source}, {}
         try:
-            other._compiled["default"] = _environment().from_string(source)
+            other._compiled["default"] = _environment(self._marks).from_string(source)
         except jinja2.TemplateError as error:
             line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise ValueError(f"the chat template that was given{line}: {error}") from error
+        return other
+
+    def with_generation_marks(self, begin: str, end: str) -> "Tokenizer":
+        """This tokenizer with templates that write `begin` and `end` around what they mark as generated.
+
+        Those marks are `{% generation %}` and `{% endgeneration %}`; templates without them write what they did.
+        """
+        other = copy.copy(self)
+        other._compiled, other._marks = {}, (begin, end)
         return other
 
     def apply_chat_template(
@@ -229,7 +250,7 @@ class Tokenizer:
             raise ValueError(f"messages, tools and template variables must be JSON values: {error}") from error
         try:
             if name not in self._compiled:
-                self._compiled[name] = _environment().from_string(self.chat_templates[name])
+                self._compiled[name] = _environment(self._marks).from_string(self.chat_templates[name])
             return self._compiled[name].render(**{**self._named, **given})
         except _TEMPLATE_ERRORS as error:
             line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
@@ -251,7 +272,7 @@ class Tokenizer:
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`: marks the assistant's words for trainers; just those here."""
+    """`{% generation %}...{% endgeneration %}`: the assistant's words, between the marks of the environment."""
 
     def __init__(self, environment: jinja2.Environment):
         super().__init__(environment)
@@ -260,7 +281,11 @@ class _GenerationBlock(jinja2.ext.Extension):
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
+        begin, end = (
+            jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)], lineno=line)
+            for mark in self.environment.generation_marks  # type: ignore[attr-defined]
+        )
+        return jinja2.nodes.Scope([begin, *body, end], lineno=line)
 
 
 class _Namespace(jinja2.utils.Namespace):
@@ -298,11 +323,12 @@ def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
 
 
-def _environment() -> jinja2.Environment:
+def _environment(generation_marks: tuple[str, str] = ("", "")) -> jinja2.Environment:
     """What chat templates are written for: the settings, filters and globals of `transformers`."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
     )
+    environment.extend(generation_marks=generation_marks)
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now

@@ -5,6 +5,7 @@ from maxlike.nn.attention import AttentionMetadata, AttentionWithRope
 from maxlike.nn.embedding import VocabParallelEmbedding
 from maxlike.nn.kv_cache import KVCacheParams, KVCacheStrategy, KVScales
 from maxlike.nn.linear import ColumnParallelLinear, DistributedGemmConfig, RowParallelLinear
+from maxlike.nn.lora import LoraConfig, add_lora, merge_lora
 from maxlike.nn.mlp import MLP
 from maxlike.nn.norm import OutputNorm, RMSNorm
 from maxlike.nn.rotary_embedding import LinearScaling, Llama3Scaling, RotaryEmbedding, YarnScaling
@@ -22,6 +23,7 @@ __all__ = [
     "KVScales",
     "LinearScaling",
     "Llama3Scaling",
+    "LoraConfig",
     "OutputNorm",
     "RMSNorm",
     "ReturnLogits",
@@ -29,4 +31,6 @@ __all__ = [
     "RowParallelLinear",
     "VocabParallelEmbedding",
     "YarnScaling",
+    "add_lora",
+    "merge_lora",
 ]

@@ -7,8 +7,11 @@ XLA:CPU any other form reads memory several times slower, on accelerators it mak
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +47,7 @@ _MAX_READERS = 15
 """At how many places of a fused loop XLA:CPU lets a value be read before it writes the value to memory instead."""
 _MIN_SLICE, _MIN_SLICES = 128, 4
 """Columns of a slice, and slices of a row: with less there is more beside the loop than in it."""
-_MAX_PARTIAL_SUMS = 8 * 2**20
+_MAX_PARTIAL_SUMS = 4 * 2**20
 """Bytes of partial sums that stay in a cache between the loop that writes them and the one that adds them up."""
 _MAX_ROWS_BEHIND_WEIGHT = 64
 """With some hundred rows the arithmetic outweighs what rearranging a weight costs, and x on the left is as fast."""
@@ -105,7 +108,7 @@ def matmul(x: jax.Array, weight: jax.Array, out_sharding: NamedSharding | None =
 
 def _column_slices(weight: jax.Array) -> int:
     """Into how many slices `_sum_of_slices` is to cut the columns of a weight `[O, I]`; 0 if it would gain nothing."""
-    O, I = jax.typeof(weight).sharding.shard_shape(weight.shape)
+    O, I = _local_shape(weight)
     if weight.shape[1] > I:
         return 0  # a part of each row is elsewhere
     possible = [n for n in range(_MIN_SLICES, 2 * _MAX_READERS + 1) if I % (n * _LANES) == 0 and I // n >= _MIN_SLICE]
@@ -146,7 +149,7 @@ def _sum_of_slices(x: jax.Array, weight: jax.Array, slices: int) -> jax.Array:
 
 def _outputs_together(rows: int, weight: jax.Array) -> int:
     """How many outputs' rows of a weight `[O, I]` are one operand's row, for so many rows of activations."""
-    O, I = jax.typeof(weight).sharding.shard_shape(weight.shape)
+    O, I = _local_shape(weight)
     if weight.shape[1] > I:
         return 1  # a part of each row is elsewhere
     return max(n for n in (1, 2, 4, 8) if n == 1 or (n * rows <= _LANES and n * I <= _LONG and O % n == 0))
@@ -155,9 +158,17 @@ def _outputs_together(rows: int, weight: jax.Array) -> int:
 def _with_whole_rows(array: jax.Array) -> jax.Array:
     """An array whose rows lie whole on each device, typed so: they may have been cut over an axis of one device."""
     sharding = jax.typeof(array).sharding
-    if not any(sharding.spec[1:]) or sharding.shard_shape(array.shape)[1] < array.shape[1]:
+    if not any(sharding.spec[1:]) or _local_shape(array)[1] < array.shape[1]:
         return array
     return jax.reshard(array, NamedSharding(sharding.mesh, jax.P(*sharding.spec[:1])))
+
+
+def _local_shape(array: jax.Array) -> tuple[int, ...]:
+    """Of what each device holds. (`shard_shape` does not know the meshes inside a `shard_map` over some axes.)"""
+    sharding = jax.typeof(array).sharding
+    entries = (axes if isinstance(axes, tuple) else (axes,) if axes else () for axes in sharding.spec)
+    parts = (math.prod(sharding.mesh.shape[axis] for axis in axes) for axes in entries)
+    return tuple(size // n for size, n in itertools.zip_longest(array.shape, parts, fillvalue=1))
 
 
 def _like(weight: jax.Array) -> NamedSharding | None:
@@ -170,7 +181,46 @@ def _transposed(sharding: NamedSharding | None) -> NamedSharding | None:
     return None if sharding is None else NamedSharding(sharding.mesh, jax.P(*reversed(sharding.spec)))
 
 
-class ColumnParallelLinear(Module):
+@dataclass(frozen=True)
+class LoraScaling:
+    """What an adapter's product is multiplied by: `alpha / rank`, or `alpha / sqrt(rank)` with `use_rslora`.
+
+    Hu et al. 2021, https://arxiv.org/abs/2106.09685, and Kalajdzievski 2023, https://arxiv.org/abs/2312.03732.
+    """
+
+    alpha: float
+    use_rslora: bool = False
+
+    def factor(self, rank: int) -> float:
+        """The factor for an adapter of this rank."""
+        return self.alpha / (rank ** 0.5 if self.use_rslora else rank)
+
+
+class Linear(Module):
+    """What both kinds of linear layer have: a weight `[out, in]`, and perhaps a bias and an adapter.
+
+    The adapter is `y + factor * (x @ lora_a.T) @ lora_b.T` (`nn/lora.py`), with `lora_a` `[r, in]` and `lora_b`
+    `[out, r]`. Of the weight's two dimensions each is cut as the weight is, so beside the layer's own communication
+    there is at most a sum of `[T, r]`. The adapter is used in the dtype of `x`.
+    """
+
+    weight: nnx.Param
+    bias: nnx.Param | None
+    lora_a: nnx.Param | None = None
+    lora_b: nnx.Param | None = None
+    lora_scaling: LoraScaling | None = None
+
+    def _adapted(self, y: jax.Array, x: jax.Array, in_axes: Any, out_axes: Any) -> jax.Array:
+        """`y`, which is the layer's output for `x`, with the adapter's added if there is one."""
+        if self.lora_a is None or self.lora_b is None or self.lora_scaling is None:
+            return y
+        a = gathered(self.lora_a.get_value().astype(x.dtype), None, in_axes)
+        b = gathered(self.lora_b.get_value().astype(x.dtype), out_axes, None)
+        h = matmul(x, a, out_sharding=on_mesh_of(a, rows_of(x), None))  # [T, r]
+        return y + matmul(h * self.lora_scaling.factor(a.shape[0]), b)
+
+
+class ColumnParallelLinear(Linear):
     """`y = x @ weight.T + bias`, the output dimension sharded: `[T, in_dim] -> [T, out_dim]`.
 
     Args:
@@ -203,13 +253,18 @@ class ColumnParallelLinear(Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[T, in_dim] -> [T, out_dim]`."""
+        y = self.ungathered(x)
+        return jax.reshard(y, on_mesh_of(y, rows_of(y), None))[:, :self.out_dim] if self.gather_output else y
+
+    def ungathered(self, x: jax.Array) -> jax.Array:
+        """`[T, in_dim] -> [T, rows]`, cut over the devices as the weight's rows are, its padding still there."""
         y = matmul(x, gathered(self.weight.get_value(), self.out_axes, None))
         if self.bias is not None:
             y = y + self.bias.get_value()
-        return jax.reshard(y, on_mesh_of(y, rows_of(y), None))[:, :self.out_dim] if self.gather_output else y
+        return self._adapted(y, x, None, self.out_axes)
 
 
-class RowParallelLinear(Module):
+class RowParallelLinear(Linear):
     """`y = sum over devices of x_shard @ weight_shard.T, + bias`: `[T, in_dim] -> [T, out_dim]`, whole on each.
 
     Args:
@@ -236,4 +291,6 @@ class RowParallelLinear(Module):
             y = matmul_allreduce(x, weight)
         else:
             y = matmul(x, weight, out_sharding=on_mesh_of(weight, rows_of(x), None))
-        return y if self.bias is None else y + self.bias.get_value()
+        if self.bias is not None:
+            y = y + self.bias.get_value()
+        return self._adapted(y, x, self.in_axes, None)

@@ -40,7 +40,7 @@ def gathered(weight: jax.Array, *spec: Any) -> jax.Array:
     return weight if jax.typeof(weight).sharding == sharding else jax.reshard(weight, sharding)
 
 
-def create_param(init: Initializer, rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike,
+def create_param(init: Initializer, rngs: nnx.Rngs | jax.Array, shape: tuple[int, ...], dtype: DTypeLike,
                  sharding: NamedSharding, *, logical_shape: tuple[int, ...] | None = None) -> nnx.Param:
     """A parameter of `shape`, each device making its own shard.
 
@@ -48,11 +48,13 @@ def create_param(init: Initializer, rngs: nnx.Rngs, shape: tuple[int, ...], dtyp
 
     Args:
         init: called with `(key, shape, dtype)`, as in `jax.nn.initializers`.
+        rngs: where the key comes from, or the key itself.
         logical_shape: the shape in checkpoints, when `shape` is padded; what lies outside it is zero.
     """
     logical_shape = logical_shape or shape
     make = jax.jit(_make, static_argnums=(1, 2, 3, 4, 5), out_shardings=sharding)
-    value = make(rngs.params(), init, shape, jnp.dtype(dtype), sharding, logical_shape)
+    key = rngs if isinstance(rngs, jax.Array) else rngs.params()
+    value = make(key, init, shape, jnp.dtype(dtype), sharding, logical_shape)
     return nnx.Param(value, logical_shape=logical_shape)
 
 

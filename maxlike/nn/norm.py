@@ -60,4 +60,11 @@ class SoftCap(Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """As `layer`, capped."""
-        return self.cap * jnp.tanh(self.layer(x).astype(jnp.float32) / self.cap)
+        return self._capped(self.layer(x))
+
+    def ungathered(self, x: jax.Array) -> jax.Array:
+        """As the layer's `ungathered`, capped."""
+        return self._capped(self.layer.ungathered(x))
+
+    def _capped(self, y: jax.Array) -> jax.Array:
+        return self.cap * jnp.tanh(y.astype(jnp.float32) / self.cap)

@@ -33,7 +33,7 @@ def add_command(commands: Any, embedded_model: str) -> None:
                         "machine alone; 0.0.0.0 for all its addresses")
     server.add_argument("--port", type=int, default=default.port, help=f"default {default.port}; 0: any that is free")
     server.add_argument("--served-model-name", metavar="NAME", help="what clients call the model; default: the hub id, "
-                        "or the folder's name")
+                        "or the folder's name; with --adapter the adapter's")
     server.add_argument("--api-key", action="append", default=[], metavar="KEY", help="let in only those who send it; "
                         "may be given several times. Others on this machine can read it in the list of processes: "
                         "rather --api-key-file")
@@ -68,10 +68,10 @@ def _serve(args: argparse.Namespace) -> int:
 
     if args.max_queue < 1:
         raise ValueError(f"--max-queue must be at least 1; got {args.max_queue}.")
-    folder = Path(os.path.expanduser(args.model))
     config = ServeConfig(
         host=args.host, port=args.port, api_keys=(*args.api_key, *_keys(args.api_key_file)),
-        served_model_name=args.served_model_name or (folder.resolve().name if folder.is_dir() else args.model),
+        served_model_name=args.served_model_name or _name(args.adapter or args.model),
+        base_model_name=_name(args.model) if args.adapter else None,
         max_body_bytes=args.max_body_size, body_timeout=args.body_timeout,
         max_concurrent_requests=args.max_concurrent_requests, drain_timeout=args.drain_timeout,
         cors_origins=tuple(args.cors_origin))
@@ -92,6 +92,12 @@ def _serve(args: argparse.Namespace) -> int:
             return run_server(Service(engine, config, tool_format), bound)
         finally:
             engine.close()
+
+
+def _name(model: str) -> str:
+    """What a folder or hub id is called."""
+    folder = Path(os.path.expanduser(model))
+    return folder.resolve().name if folder.is_dir() else model
 
 
 def _keys(file: Path | None) -> Sequence[str]:

@@ -18,6 +18,7 @@ class ServeConfig:
         port: 0 takes a free one, and the server says which.
         api_keys: whoever has one of them is let in; without any, everybody is.
         served_model_name: what clients call the model.
+        base_model_name: of the model under an adapter; `None`: there is no adapter.
         max_body_bytes: longest body of a request.
         body_timeout: seconds in which a request's body must have come.
         max_concurrent_requests: more are turned away (429).
@@ -32,6 +33,7 @@ class ServeConfig:
     port: int = 8000
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     served_model_name: str = "maxlike"
+    base_model_name: str | None = None
     max_body_bytes: int = 4 * 2**20
     body_timeout: float = 30.0
     max_concurrent_requests: int = 1024

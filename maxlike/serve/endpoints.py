@@ -50,7 +50,8 @@ async def get_model(service: Service, request: Request) -> Response:
 
 def _card(service: Service) -> ModelCard:
     limit = service.engine.max_model_len
-    return ModelCard(id=service.name, created=service.created, max_model_len=limit,
+    return ModelCard(id=service.name, created=service.created, parent=service.config.base_model_name,
+                     max_model_len=limit,
                      maxlike=ModelFacts(has_chat_template=service.has_chat_template, max_model_len=limit))
 
 

@@ -176,6 +176,8 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "maxlike"
+    parent: str | None = None
+    """The base under an adapter."""
     max_model_len: int
     maxlike: ModelFacts
 

@@ -26,19 +26,21 @@ def test_without_flags_nothing_is_decided() -> None:
     config, options = engine_options(parsed(), str(EMBEDDED))
     assert config == EngineConfig()
     assert isinstance(options.pop("devices"), jax.sharding.Mesh)
-    assert options == {"dtype": None, "kv_cache_dtype": None, "implementation": None}
+    assert options == {"dtype": None, "kv_cache_dtype": None, "implementation": None, "adapter": None,
+                       "adapter_mode": "merged"}
 
 
 def test_each_flag_has_its_effect() -> None:
     config, options = engine_options(parsed(
         "--max-num-seqs", "3", "--max-num-batched-tokens", "17", "--max-model-len", "99", "--page-size", "32",
         "--kv-cache-memory", "1.5M", "--memory-share", "0.5", "--no-prefix-caching", "--tp", "2", "--dtype", "bfloat16",
-        "--kv-cache-dtype", "int8", "--attention", "xla"), str(EMBEDDED))
+        "--kv-cache-dtype", "int8", "--attention", "xla", "--adapter", "a/b", "--adapter-mode", "live"), str(EMBEDDED))
     assert config == EngineConfig(max_num_seqs=3, max_num_batched_tokens=17, max_model_len=99, page_size=32,
                                   kv_cache_memory=3 * 2**19, memory_share=0.5, enable_prefix_caching=False)
     assert engine_options(parsed("--num-pages", "7"), str(EMBEDDED))[0].num_pages == 7
     assert options.pop("devices").size == 2
-    assert options == {"dtype": "bfloat16", "kv_cache_dtype": "int8", "implementation": Xla()}
+    assert options == {"dtype": "bfloat16", "kv_cache_dtype": "int8", "implementation": Xla(), "adapter": "a/b",
+                       "adapter_mode": "live"}
     # Those without a flag are the caller's.
     flags = {name.replace("no_prefix_caching", "enable_prefix_caching") for name in vars(parsed())}
     assert {field.name for field in fields(EngineConfig)} - flags == {"warm_up", "seed"}

@@ -589,6 +589,31 @@ def test_messages_that_are_none(tmp_path, messages, says):
         tokenizer.apply_chat_template(messages)
 
 
+def test_generation_marks(tmp_path):
+    template = ("{% for m in messages %}\n{{ m.role }}:\n{%- generation -%}\n {{ m.content }} \n{%- endgeneration %}\n;"
+                "{% endfor %}")
+    plain = write(tmp_path, byte_level(), chat_template=template)
+    marked = plain.with_generation_marks("<", ">")
+    assert plain.apply_chat_template([USER]) == oracle(tmp_path).apply_chat_template([USER], tokenize=False)
+    assert marked.apply_chat_template([USER]) == "user:<" + USER["content"] + ">;"
+    assert plain.apply_chat_template([USER]) == "user:" + USER["content"] + ";"
+    assert marked.with_chat_template("{% generation %}x{% endgeneration %}").apply_chat_template([USER]) == "<x>"
+    unmarked = plain.with_chat_template(GEMMA)
+    assert unmarked.with_generation_marks("<", ">").apply_chat_template([USER]) == unmarked.apply_chat_template([USER])
+
+
+def test_offsets(folder):
+    tokenizer = Tokenizer.from_folder(folder)
+    for text in TEXTS:
+        ids, offsets = tokenizer.encode_with_offsets(text)
+        assert ids == tokenizer.encode(text, add_special_tokens=False) and len(offsets) == len(ids)
+        assert offsets == sorted(offsets) and all(0 <= a <= b <= len(text) for a, b in offsets)
+        covered = {i for a, b in offsets for i in range(a, b)}
+        assert all(i in covered for i, character in enumerate(text) if character.isalnum())
+    with pytest.raises(ValueError, match="surrogate"):
+        tokenizer.encode_with_offsets("half a pair: \ud83d")
+
+
 def test_a_template_cannot_change_what_the_caller_gave(tmp_path):
     tokenizer = write(tmp_path, byte_level(), chat_template="{{ messages | length }}{{ tools }}")
     messages, tools = [{"role": "user", "content": "x", "name": None}], [{"a": [1]}]

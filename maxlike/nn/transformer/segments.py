@@ -198,10 +198,13 @@ def named_parameters(model: Any) -> Iterator[tuple[list[str], bool, nnx.Param]]:
     parameter has one name for each slice of its first axis, in order; any other has one name.
     """
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        if path[0] != "segments":
-            yield [".".join(map(str, path))], False, param
-            continue
-        segment = model.segments[path[1]]
-        suffix = ".".join(map(str, path[4:]))
-        yield ([f"layers.{i}.{suffix}" for i in segment.layer_indices(path[3])],
-               isinstance(segment, ScannedSegment), param)
+        yield *names_at(model, path), param
+
+
+def names_at(model: Any, path: Sequence[Any]) -> tuple[list[str], bool]:
+    """The names, one a layer, of what lies at `path` in a `DistributedTransformer`, and whether it is stacked."""
+    if path[0] != "segments":
+        return [".".join(map(str, path))], False
+    segment = model.segments[path[1]]
+    suffix = ".".join(map(str, path[4:]))
+    return [f"layers.{i}.{suffix}" for i in segment.layer_indices(path[3])], isinstance(segment, ScannedSegment)
