@@ -1,4 +1,4 @@
-"""The command line: `maxlike generate`, `maxlike serve`, `maxlike bench` and `maxlike info`."""
+"""The command line: `maxlike generate`, `serve`, `train`, `export`, `bench` and `info`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import flax
 import jax
@@ -18,6 +18,7 @@ import maxlike
 from maxlike.bench.command import add_command as add_bench_command
 from maxlike.engine.config import EngineConfig
 from maxlike.engine.flags import (
+    add_adapter_flags,
     add_cache_dtype_flag,
     add_compilation_cache_flag,
     add_load_flags,
@@ -34,6 +35,9 @@ from maxlike.models.hub import resolve
 from maxlike.models.registry import FAMILIES, parse_config
 from maxlike.models.tokenizer import Tokenizer
 from maxlike.serve.command import add_command as add_serve_command
+from maxlike.train.command import add_commands as add_train_commands
+from maxlike.train.command import start_processes
+from maxlike.train.settings import nearest
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded"
 """A small model of Python source, for a first try without a network."""
@@ -42,6 +46,13 @@ PROGRAMS = "~/.cache/maxlike/programs"
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # here, and not by the parser of all commands, since this one knows what there is
+            hint = nearest(unknown[0].partition("=")[0], [flag for flag in self._option_string_actions])
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint if 'did you mean' in hint else ''}")
+        return known, unknown
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"maxlike: {message} (see {self.prog} --help)\n")
 
@@ -52,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(args, "compilation_cache"):
         _keep_programs(args.compilation_cache)
     try:
+        if hasattr(args, "coordinator"):
+            start_processes(args, _initialize)
         code = args.run(args)
         sys.stdout.flush()  # at exit it would be too late to find that nobody reads
     except ValueError as error:
@@ -64,6 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return code or 0
+
+
+def _initialize(coordinator: str | None, n: int | None, i: int | None) -> None:
+    """`jax.distributed.initialize`; here, since it concerns the whole process."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # CPU devices of several processes have no other
+    jax.distributed.initialize(coordinator, n, i)
 
 
 def _keep_programs(folder: str | None) -> None:
@@ -104,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
                           "given several times")
     generate.add_argument("--seed", type=int, default=0, help="of the draws")
     add_cache_dtype_flag(generate)
+    add_adapter_flags(generate)
     add_compilation_cache_flag(generate)
     generate.add_argument("--json", action="store_true", help="print one JSON object instead of text and figures")
     generate.set_defaults(run=_generate)
@@ -113,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
 
     add_serve_command(commands, str(EMBEDDED_MODEL))
+    add_compilation_cache_flag(add_train_commands(commands, maxlike.__version__))
     add_bench_command(commands, str(EMBEDDED_MODEL), maxlike.__version__)
     return parser
 
@@ -149,7 +170,8 @@ def _generate(args: argparse.Namespace) -> None:
     longest = min(len(prompt) + args.max_new_tokens, config.max_position_embeddings)
     engine = load_engine(folder, EngineConfig(max_num_seqs=1, max_model_len=longest), devices=mesh, dtype=args.dtype,
                          kv_cache_dtype=args.kv_cache_dtype,
-                         implementation=args.attention and implementation_named(args.attention))
+                         implementation=args.attention and implementation_named(args.attention),
+                         adapter=args.adapter, adapter_mode=args.adapter_mode)
     load_s = time.perf_counter() - start
     start = time.perf_counter()
     engine.compile_for(len(prompt), sampling)
