@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from flax import nnx
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 import maxlike
 from maxlike.nn.transformer.distributed_transformer import DistributedTransformer
+from maxlike.train.loss import token_logprobs
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "maxlike" / "embedded"
 SCORED_TOKENS = 8192  # of a batch
@@ -37,25 +37,19 @@ CONTEXT = 1024  # tokens of a window
 
 
 @partial(jax.jit, static_argnums=0)
-def _losses(graphdef: nnx.GraphDef, params: nnx.State, tokens: jax.Array, targets: jax.Array,
-            row_offsets: jax.Array) -> jax.Array:
-    model = nnx.merge(graphdef, params)
-    return token_losses(model, tokens, targets, row_offsets)
-
-
-def token_losses(model: DistributedTransformer, tokens: jax.Array, targets: jax.Array,
+def token_losses(graphdef: nnx.GraphDef, params: nnx.State, tokens: jax.Array, targets: jax.Array,
                  row_offsets: jax.Array) -> jax.Array:
     """Negative log likelihood of each target, in nats: `float32[T]`.
 
     Args:
+        graphdef, params: a model, split.
         tokens, targets: `int32[T]`.
         row_offsets: `int32[S + 1]`.
     """
+    model = nnx.merge(graphdef, params)
     with jax.sharding.use_abstract_mesh(model.mesh.abstract_mesh):
         hidden, _ = model.hidden_states(tokens, None, row_offsets)
-        logits = model.output(hidden).astype(jnp.float32)
-        chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
+        return -token_logprobs(model, hidden, targets)
 
 
 def bits_per_byte(model: DistributedTransformer, tokenizer: tokenizers.Tokenizer, files: Sequence[SourceFile],
@@ -80,7 +74,7 @@ def bits_per_byte(model: DistributedTransformer, tokenizer: tokenizers.Tokenizer
         inputs, targets, skipped = zip(*windows[i:i + per_batch], strict=True)
         offsets = np.cumsum([0, *(len(x) for x in inputs)])
         room = (0, per_batch * context - offsets[-1])
-        losses = np.asarray(_losses(
+        losses = np.asarray(token_losses(
             graphdef, params, np.pad(np.concatenate(inputs), room), np.pad(np.concatenate(targets), room),
             np.pad(offsets, (0, per_batch + 1 - len(offsets)), mode="edge").astype(np.int32)))
         for start, end, skip in zip(offsets[:-1], offsets[1:], skipped, strict=True):

@@ -37,9 +37,13 @@ class DataConfig:
         seed: of the order.
         epochs: how often every record comes; None repeats them without end.
         shuffle: another order in every epoch; without it that of the files.
+        shuffle_buffer: sequences of a shard that wait to be drawn from at random; without it the windows of a long text
+            follow one another.
         on_bad_data: "refuse" raises an error that names file and line, "skip" counts the record and goes on.
         too_long: what becomes of sequences beyond `max_seq_len`: "bad" data, or "truncate" to their beginning.
         long_text: the same for `text`, which may also be "cut" into windows.
+        window_lengths: each text that is cut draws one of these in each epoch, and how much shorter its first window
+            is, so that it is not cut at the same places again; by default windows are of `max_seq_len` in all epochs.
         train_on: learn from the "assistant" (of completions: what follows the prompt), or from "all" tokens.
         turns: "together" or "apart", as `EncodingConfig` explains.
         template_variables: for the chat template.
@@ -62,9 +66,11 @@ class DataConfig:
     seed: int = 0
     epochs: int | None = 1
     shuffle: bool = True
+    shuffle_buffer: int = 0
     on_bad_data: Literal["refuse", "skip"] = "refuse"
     too_long: Literal["bad", "truncate"] = "bad"
     long_text: Literal["cut", "truncate", "bad"] = "cut"
+    window_lengths: Sequence[int] = ()
     train_on: Literal["assistant", "all"] = "assistant"
     turns: Literal["together", "apart"] = "together"
     template_variables: Mapping[str, Any] = field(default_factory=dict)
@@ -84,7 +90,8 @@ class DataConfig:
                 raise ValueError(f"{name} must be one of {', '.join(get_args(hints[name]))}; "
                                  f"got {getattr(self, name)!r}")
         for name, least in (("tokens_per_batch", 2), ("shards", 1), ("max_seqs", 1), ("epochs", 1), ("seed", 0),
-                            ("max_seq_len", 2), ("lookahead", 1), ("threads", 1), ("prefetch", 1)):
+                            ("max_seq_len", 2), ("shuffle_buffer", 0), ("lookahead", 1), ("threads", 1),
+                            ("prefetch", 1)):
             value = getattr(self, name)
             optional = value is None and name in ("max_seqs", "epochs", "max_seq_len")
             if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -95,6 +102,16 @@ class DataConfig:
         if self.max_seq_len is not None and self.max_seq_len > self.tokens_per_shard:
             raise ValueError(f"max_seq_len {self.max_seq_len} is more than the {self.tokens_per_shard} tokens of a "
                              "shard, and a sequence lies in one: make tokens_per_batch larger or max_seq_len smaller")
+        for name in ("shuffle_buffer", "window_lengths"):
+            if getattr(self, name) and not self.shuffle:
+                raise ValueError(f"{name} is {getattr(self, name)}, but without shuffle nothing is left to chance: "
+                                 "give one or the other")
+        object.__setattr__(self, "window_lengths", tuple(self.window_lengths))
+        longest = self.max_seq_len or self.tokens_per_shard
+        if self.window_lengths and (self.long_text != "cut" or min(self.window_lengths) < 2
+                                    or max(self.window_lengths) > longest):
+            raise ValueError(f"window_lengths must be from 2 to max_seq_len, here {longest}, and long_text 'cut'; got "
+                             f"{self.window_lengths} and {self.long_text!r}")
         if self.validation_fraction and self.validation_files:
             raise ValueError("there are validation_files and a validation_fraction: give one of them")
 
@@ -136,18 +153,25 @@ class PackedDataset:
         encoding = EncodingConfig(
             max_seq_len=config.max_seq_len or room, max_group_len=room, format=config.format,
             train_on=config.train_on, turns=config.turns, too_long=config.too_long,
-            long_text=config.long_text, template_variables=config.template_variables)
+            long_text=config.long_text, window_lengths=tuple(config.window_lengths) if shuffle else (),
+            template_variables=config.template_variables)
         order = grain.MapDataset.source(records)
+        # The seed is hashed: epoch e is shuffled by seed + e, and seeds side by side would share epochs.
+        order_seed, windows_seed = map(int, np.random.SeedSequence(config.seed).generate_state(2))
         if shuffle:
-            # Epoch e is shuffled by seed + e: the seed is hashed, or seeds side by side would share epochs.
-            order = order.shuffle(seed=int(np.random.SeedSequence(config.seed).generate_state(1)[0]))
-        order = order.repeat(epochs).map(Encoder(tokenizer, encoding, self.preference))
+            order = order.shuffle(seed=order_seed)
+        order = order.repeat(epochs)
+        encoder = Encoder(tokenizer, encoding, self.preference)
+        # Drawn anew for each position of the order, which the state's places are.
+        order = order.random_map(encoder, seed=windows_seed) if encoding.window_lengths else order.map(encoder)
         identity = {
             "records": len(records), "bytes": records.bytes, "seed": config.seed, "shuffle": shuffle,
             **{key: value for key, value in dataclasses.asdict(encoding).items() if key != "max_group_len"},
+            "window_lengths": list(encoding.window_lengths),  # as JSON has it
         }
         self._reading = Reading(order, len(records), epochs is None, identity, config.on_bad_data == "skip",
-                                config.lookahead, config.threads, config.prefetch)
+                                config.lookahead, config.shuffle_buffer if shuffle else 0, config.seed, config.threads,
+                                config.prefetch)
 
     def __iter__(self) -> BatchStream:
         """A stream from the beginning.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ class EncodingConfig:
         too_long: what becomes of sequences beyond `max_seq_len`; "truncate" keeps their beginning.
         long_text: the same for `text`; "cut" makes windows of it, each beginning with the last token of the one
             before, so that every token is a target once.
+        window_lengths: of which each text that is cut draws one, where there is something to draw with; its first
+            window is shorter by chance, so that a text is not cut at the same places each time.
         template_variables: for the chat template, `{"enable_thinking": False}` for instance; a record may have its own
             as `chat_template_kwargs`.
     """
@@ -48,6 +51,7 @@ class EncodingConfig:
     turns: Literal["together", "apart"] = "together"
     too_long: Literal["bad", "truncate"] = "bad"
     long_text: Literal["cut", "truncate", "bad"] = "cut"
+    window_lengths: tuple[int, ...] = ()
     template_variables: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -102,20 +106,20 @@ class Encoder:
         self._preference = preference
         self._chat = ChatEncoder(tokenizer, config.template_variables)
 
-    def __call__(self, record: Record) -> Encoded:
-        """What becomes of a record; what is wrong with it names file and line.
+    def __call__(self, record: Record, rng: np.random.Generator | None = None) -> Encoded:
+        """What becomes of a record; what is wrong with it names file and line. `rng` draws from `window_lengths`.
 
         Raises:
             ValueError: what no record can help, such as a checkpoint without a chat template.
         """
         try:
-            groups = self._groups(parse(record))
+            groups = self._groups(parse(record), rng)
         except DataError as error:
             return Encoded(bad=error.kind, message=f"{record.where}: {error}")
         truncated = sum(short for _, short in groups)
         return Encoded(tuple(group for group, _ in groups), truncated)
 
-    def _groups(self, value: dict[str, Any]) -> list[tuple[Group, bool]]:
+    def _groups(self, value: dict[str, Any], rng: np.random.Generator | None) -> list[tuple[Group, bool]]:
         """Groups, and whether each was truncated."""
         format = self._config.format if self._config.format != "auto" else format_of(value)
         missing = [key for key in KEYS[format] if value.get(key) is None]
@@ -128,7 +132,7 @@ class Encoder:
                                             "pairs and others cannot be mixed")
         match format:
             case "text":
-                return self._text(value["text"])
+                return self._text(value["text"], rng)
             case "chat":
                 return [self._fit((example,)) for example in self._conversation(value)]
             case "completion":
@@ -138,20 +142,25 @@ class Encoder:
 
     # -- the formats
 
-    def _text(self, text: Any) -> list[tuple[Group, bool]]:
+    def _text(self, text: Any, rng: np.random.Generator | None) -> list[tuple[Group, bool]]:
         if not isinstance(text, str):
             raise DataError("wrong_type", f"text must be a string; got {text!r:.80}")
         if not text:
             raise DataError("empty", "text is empty")
         ids = self._with_end(self._encode(text))
         limit, config = self._config.max_seq_len, self._config
+        first = 0  # where the second window begins
+        if rng is not None and config.window_lengths:
+            limit = int(rng.choice(config.window_lengths))
+            first = int(rng.integers(1, limit))
         whole = Example(ids, np.ones(len(ids), np.float32))
         if len(ids) <= limit or config.long_text != "cut":
             policy = "truncate" if config.long_text == "truncate" else "bad"
             return [self._fit((whole,), policy)]
         # The last token of one window begins the next, where it is no target.
-        starts = range(0, len(ids) - 1, limit - 1)
-        return [((Example(ids[i : i + limit], whole.weights[i : i + limit]),), False) for i in starts]
+        starts = [0, *range(first or limit - 1, len(ids) - 1, limit - 1)]
+        return [((Example(ids[i : end + 1], whole.weights[i : end + 1]),), False)
+                for i, end in itertools.pairwise([*starts, len(ids) - 1])]
 
     def _conversation(self, value: dict[str, Any]) -> list[Example]:
         messages = check_messages(value["messages"], "messages")

@@ -8,6 +8,7 @@ any number of processes. What waits to be packed is kept in the state as positio
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -88,6 +89,8 @@ class Reading:
         identity: what the order and the sequences depend on, as JSON values; a state of another is refused.
         skip_bad: count bad records and go on; otherwise they are errors.
         lookahead: groups that wait in each shard to be packed.
+        mixed: further groups that wait in each shard, and are packed in an order of their own.
+        seed: of that order.
         threads: that read and tokenise.
         prefetch: batches made ahead.
     """
@@ -98,6 +101,8 @@ class Reading:
     identity: Mapping[str, Any]
     skip_bad: bool
     lookahead: int
+    mixed: int
+    seed: int
     threads: int
     prefetch: int
 
@@ -115,10 +120,12 @@ class _Shard:
 
     def row(self, room: int, places: int) -> list[Group]:
         """What is packed next; nothing when all is read and packed."""
-        while len(self._waiting) < self._reading.lookahead and self._read():
+        reading = self._reading
+        while len(self._waiting) < reading.lookahead + reading.mixed and self._read():
             pass
         per_group = len(self._waiting[0][2]) if self._waiting else 1
-        taken = choose([sum(map(len, group)) for _, _, group in self._waiting], room, places // per_group)
+        next_ones = self._waiting[: reading.lookahead]
+        taken = choose([sum(map(len, group)) for _, _, group in next_ones], room, places // per_group)
         row = [self._waiting[i][2] for i in taken]
         for i in reversed(taken):
             del self._waiting[i]
@@ -135,7 +142,8 @@ class _Shard:
         if encoded.bad is not None:
             self._bad(encoded, first_epoch)
         groups = [(position, i, group) for i, group in enumerate(encoded.groups) if piece in (_WHOLE, i)]
-        self._waiting += groups
+        for group in groups:
+            self._waiting.insert(self._place(position, group[1]), group)
         self._fruitless = 0 if groups else self._fruitless + 1
         if self._reading.endless and self._fruitless > self._reading.epoch_len:
             raise ValueError(f"shard {self._number} found none to learn from in {self._fruitless} records; the last "
@@ -145,6 +153,18 @@ class _Shard:
             self._summary.sequences += sum(len(group) for _, _, group in groups)
             self._summary.truncated += encoded.truncated
         return True
+
+    def _place(self, position: int, piece: int) -> int:
+        """Where a group takes its place: at the end, or anywhere behind those that are packed next.
+
+        That is as if those were drawn at random from all the others, but what is drawn depends on nothing that a state
+        would have to keep.
+        """
+        end, reading = len(self._waiting), self._reading
+        if not reading.mixed or end <= reading.lookahead:
+            return end
+        drawn = hashlib.blake2b(f"{reading.seed} {position} {piece}".encode(), digest_size=8).digest()
+        return reading.lookahead + int.from_bytes(drawn) % (end + 1 - reading.lookahead)
 
     def _bad(self, encoded: Encoded, first_epoch: bool) -> None:
         if not self._reading.skip_bad:

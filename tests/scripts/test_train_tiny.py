@@ -1,9 +1,10 @@
-"""The embedded model's makers: the split, the documents, the batches, a few steps of training, the measures."""
+"""The embedded model's makers: the split, the documents, a few steps of training, the measures."""
 
-import itertools
+import json
 import math
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +14,7 @@ import pytest
 import tokenizers
 
 import maxlike
+from maxlike.models.registry import unparse_config
 from maxlike.models.safetensors import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,50 +133,54 @@ def test_tokenizer_cuts_prompts_as_it_cuts_texts(tokenizer: tokenizers.Tokenizer
     assert whole[:len(prompt)] == prompt
 
 
-def test_batches_give_every_token_once_a_round(scripts) -> None:
-    train = scripts[2]
-    recipe = train.Recipe(batch_tokens=64, window=16, long_window=48, long_every=3, function_share=0.25)
-    files = [np.arange(1000 * i, 1000 * i + n, dtype=np.int32) for i, n in enumerate([100, 17, 16, 2, 333])]
-    functions = [np.arange(10_000 * i, 10_000 * i + n, dtype=np.int32) for i, n in enumerate([9, 20, 30], 1)]
-    pairs = set()
-    share = []
-    lengths = set()
-    for batch in itertools.islice(train.batches(files, functions, np.random.default_rng(0), recipe), 12):
-        assert batch.tokens.shape == batch.targets.shape == (64,) and batch.tokens.dtype == np.int32
-        assert batch.row_offsets[0] == 0 and batch.row_offsets[-1] == 64 and batch.row_offsets.shape == (9,)
-        # A target is its input's successor, also at the end of a window or a batch.
-        np.testing.assert_array_equal(batch.targets, batch.tokens + 1)
-        for start, end in itertools.pairwise(batch.row_offsets):
-            np.testing.assert_array_equal(np.diff(batch.tokens[start:end]), 1)
-            lengths.add(int(end - start))
-        pairs |= set(batch.tokens.tolist())
-        share += (batch.tokens >= 10_000).tolist()
-    assert pairs == {int(token) for document in [*files, *functions] for token in document[:-1]}
-    assert abs(np.mean(share) - 0.25) < 0.05
-    assert 16 < max(lengths) <= 48
+@pytest.fixture(scope="module")
+def recipe(scripts):
+    """A toy of one layer."""
+    return scripts[2].Recipe(
+        vocab_size=400, hidden_size=32, intermediate_size=48, layers=1, heads=4, kv_heads=2,
+        max_position_embeddings=128, batch_tokens=1024, window_lengths=(64, 128), shuffle_buffer=64, learning_rate=0.02)
 
 
-def test_schedule(scripts) -> None:
-    recipe = scripts[2].Recipe(learning_rate=0.5, warmup=0.1)
-    assert [recipe.rate_at(x) for x in (0, 0.05, 0.1, 0.55, 1)] == pytest.approx([0, 0.25, 0.5, 0.25, 0])
+def test_documents_are_the_training_files_and_their_functions(scripts, corpus, recipe, tmp_path: Path) -> None:
+    scripts[2].prepare(corpus, recipe, tmp_path)
+    files, functions, held_out = (
+        [json.loads(line)["text"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("files", "functions", "held_out"))
+    assert files == [file.text for file in corpus.training]
+    assert held_out == [corpus.held_out[0].text]
+    assert len(set(functions)) == len(functions) == 6 * len(files)
+    assert all(any(function in text for text in files) for function in functions)
+    few = replace(recipe, function_tokens=30)
+    scripts[2].prepare(corpus, few, tmp_path)
+    short = [json.loads(line)["text"] for line in (tmp_path / "functions.jsonl").read_text().splitlines()]
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
+    assert short == [text for text in functions if 16 <= len(tokenizer.encode(text).ids) + 1 <= 30]
 
 
-@pytest.mark.parametrize("length", [{}, {"steps": 0}, {"minutes": -1.0}, {"steps": 3, "minutes": 1.0}])
-def test_length_is_one_of_two(scripts, corpus, tmp_path: Path, length: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="either minutes or steps, above 0"):
-        scripts[2].train(corpus, scripts[2].Recipe(), tmp_path, **length)
+def test_the_embedded_model_stays_as_large_as_it_is(scripts, tmp_path: Path) -> None:
+    """What the recipe describes is what lies there, but for what training changes."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
+    described = unparse_config(scripts[2].Recipe().describe(tokenizer))
+    assert described == json.loads((EMBEDDED / "config.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def trained(scripts, corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A toy of one layer, trained for 30 steps."""
-    train = scripts[2]
+def trained(scripts, corpus, recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy, trained for 30 steps."""
     folder = tmp_path_factory.mktemp("toy")
-    recipe = train.Recipe(vocab_size=400, hidden_size=32, intermediate_size=48, layers=1, heads=4, kv_heads=2,
-                          max_position_embeddings=128, batch_tokens=256, window=64, long_window=128,
-                          learning_rate=0.02)
-    train.train(corpus, recipe, folder, steps=30)
-    return folder
+    assert scripts[2].make(corpus, recipe, folder / "work", folder / "made", steps=30)
+    return folder / "made"
+
+
+def test_a_finished_run_is_not_run_again(scripts, corpus, recipe, trained: Path, tmp_path: Path) -> None:
+    """The same command exports once more what is there, over what is there."""
+    (tmp_path / "model.safetensors").write_bytes(b"another")
+    assert scripts[2].make(corpus, recipe, trained.parent / "work", tmp_path, steps=30)
+    names = {file.name for file in trained.iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+                     "tokenizer_config.json"} == {file.name for file in tmp_path.iterdir()}
+    for name in names:
+        assert (trained / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 def test_training_learns_and_saves(scripts, corpus, trained: Path) -> None:

@@ -121,16 +121,57 @@ def test_the_order_is_another_in_every_epoch_and_for_every_seed(tokenizer, tmp_p
     assert order(seed=1) != two[40:] and order(epochs=2) == two
 
 
+@pytest.fixture(scope="module")
+def long_texts(tmp_path_factory):
+    """Eight texts, each of one letter: a window tells which text it is of."""
+    return write_lines(tmp_path_factory.mktemp("long") / "long.jsonl", ({"text": 600 * x} for x in "bjkqvxyz"))
+
+
+def test_a_shuffle_buffer_parts_the_windows_of_a_text(tokenizer, long_texts):
+    def windows(**changes):
+        dataset, _ = load_dataset(config(long_texts, lookahead=2, **changes), tokenizer)
+        return sequences(list(dataset))
+
+    def neighbours(found):
+        """How often a window is followed by one of the same text, told by a token in its middle."""
+        return sum(a[len(a) // 2] == b[len(b) // 2] for a, b in itertools.pairwise(found)) / len(found)
+
+    apart, mixed = windows(), windows(shuffle_buffer=100)
+    assert Counter(apart) == Counter(mixed) == expected_windows(long_texts, tokenizer)
+    assert neighbours(apart) > 0.85
+    assert neighbours(mixed) < 0.4  # 1 in 8 were all of them mixed
+    assert mixed == windows(shuffle_buffer=100)
+    assert mixed != windows(shuffle_buffer=100, seed=1)
+
+
+def test_drawn_windows_differ_between_epochs_and_hold_every_token_once(tokenizer, long_texts):
+    def windows(epochs):
+        dataset, _ = load_dataset(config(long_texts, window_lengths=[6, 6, 24], epochs=epochs), tokenizer)
+        return sequences(list(dataset))
+
+    first, both = Counter(windows(1)), Counter(windows(2))
+    assert not first - both and first != both - first
+    sizes = Counter(map(len, windows(20)))
+    assert max(sizes) == 24 and min(sizes) == 2
+    # Two in three texts are cut to windows of 6, into more by (24 - 1) / (6 - 1).
+    assert 0.6 < sizes[6] / sizes[24] / (2 * 23 / 5) < 1.6
+    for epochs, found in ((1, first), (2, both)):
+        targets = Counter(token for window, n in found.items() for token in window[1:] * n)
+        assert targets == Counter(token for window, n in expected_windows(long_texts, tokenizer).items()
+                                  for token in window[1:] * n * epochs)
+
+
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(cut=st.integers(0, 12), again=st.integers(0, 3), shards=st.sampled_from([1, 2, 4]), shuffle=st.booleans(),
+@given(cut=st.integers(0, 12), again=st.integers(0, 3), shards=st.sampled_from([1, 2, 4]),
+       order=st.sampled_from([{"shuffle": False}, {}, {"shuffle_buffer": 9, "window_lengths": [9, 20]}]),
        threads=st.integers(1, 4))
-def test_a_resumed_stream_gives_what_an_unbroken_one_does(tokenizer, file, cut, again, shards, shuffle, threads):
-    dataset, _ = load_dataset(config(file, shards=shards, shuffle=shuffle, epochs=None, threads=threads), tokenizer)
+def test_a_resumed_stream_gives_what_an_unbroken_one_does(tokenizer, file, cut, again, shards, order, threads):
+    dataset, _ = load_dataset(config(file, shards=shards, epochs=None, threads=threads, **order), tokenizer)
     unbroken = iter(dataset)
     first = take(unbroken, cut)
     state = json.loads(json.dumps(unbroken.get_state()))
     rest = take(unbroken, 8)  # beyond the end of an epoch at the later cuts
-    resumed = iter(load_dataset(config(file, shards=shards, shuffle=shuffle, epochs=None), tokenizer)[0])
+    resumed = iter(load_dataset(config(file, shards=shards, epochs=None, **order), tokenizer)[0])
     same(take(resumed, again), (first + rest)[:again])  # it may have been used before
     resumed.set_state(state)
     assert resumed.get_state()["summary"] == state["summary"]
@@ -189,7 +230,8 @@ def test_a_run_goes_on_with_another_number_of_processes(tokenizer, file):
 @pytest.mark.parametrize("after", [(1, 64), (2, 128), (4, 256), (5, 160)])
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_another_number_of_shards_loses_no_record_and_repeats_none(tokenizer, file, before, after, steps):
-    old = iter(load_dataset(config(file, shards=before[0], tokens_per_batch=before[1]), tokenizer)[0])
+    old = iter(load_dataset(config(file, shards=before[0], tokens_per_batch=before[1], shuffle_buffer=5),
+                            tokenizer)[0])
     first = take(old, steps)
     new = iter(load_dataset(config(file, shards=after[0], tokens_per_batch=after[1]), tokenizer)[0])
     new.set_state(old.get_state())
@@ -312,6 +354,11 @@ def test_validation(tokenizer, file, tmp_path):
     ({"epochs": True}, "epochs must be a whole number"),
     ({"max_seqs": 1.5}, "max_seqs must be a whole number"),
     ({"validation_files": "a", "validation_fraction": 0.1}, "give one of them"),
+    ({"shuffle_buffer": -1}, "shuffle_buffer must be a whole number of at least 0"),
+    ({"shuffle_buffer": 8, "shuffle": False}, "shuffle_buffer is 8, but without shuffle"),
+    ({"window_lengths": [25]}, "window_lengths must be from 2 to max_seq_len, here 24"),
+    ({"window_lengths": [1, 8]}, "window_lengths must be from 2"),
+    ({"window_lengths": [8], "long_text": "bad"}, "long_text 'cut'; got"),
 ])
 def test_settings_out_of_range(file, changes, says):
     with pytest.raises(ValueError, match=says):
