@@ -35,6 +35,27 @@ class VocabParallelEmbedding(Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """`int32[T] -> [T, hidden_dim]` in the weight's dtype."""
         weight = gathered(self.weight.get_value(), self.vocab_axes, None)
-        ids = jnp.clip(tokens, 0, self.vocab_size - 1)
-        x = weight.at[ids].get(mode="promise_in_bounds", out_sharding=on_mesh_of(weight, rows_of(ids), None))
+        x = _looked_up(weight, jnp.clip(tokens, 0, self.vocab_size - 1))
         return x if self.scale is None else x * jnp.asarray(self.scale, x.dtype)
+
+
+def _rows(weight: jax.Array, ids: jax.Array) -> jax.Array:
+    return weight.at[ids].get(mode="promise_in_bounds", out_sharding=on_mesh_of(weight, rows_of(ids), None))
+
+
+_looked_up = jax.custom_vjp(_rows)
+
+
+def _look_up(weight: jax.Array, ids: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _rows(weight, ids), (weight, ids)
+
+
+def _add_up(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, None]:
+    # In float32 and rounded once: a bfloat16 sum of a frequent token's gradients would stop growing at some hundred.
+    weight, ids = saved
+    wide = jax.ShapeDtypeStruct(weight.shape, jnp.float32, sharding=jax.typeof(weight).sharding)
+    (total,) = jax.linear_transpose(lambda weight: _rows(weight, ids), wide)(gradient.astype(jnp.float32))
+    return total.astype(weight.dtype), None
+
+
+_looked_up.defvjp(_look_up, _add_up)

@@ -45,7 +45,6 @@ class LoraConfig:
         rank_pattern, alpha_pattern: regular expression for names, or their ends behind a dot -> the `rank` or `alpha`
             there; the first that matches counts.
         use_rslora: see `alpha`.
-        dtype: of A and B. They are used in the dtype of the activations.
 
     Raises:
         ValueError: a value is out of range, or a regular expression is none.
@@ -58,7 +57,6 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
-    dtype: DTypeLike = "float32"
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -79,8 +77,6 @@ class LoraConfig:
                              *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items())):
             if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
                 raise ValueError(f"{where} must be a number; got {alpha!r}.")
-        if not jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating):
-            raise ValueError(f"dtype must be a floating-point one; got {self.dtype!r}.")
         patterns = [pattern for pattern in (self.target_modules, self.exclude_modules) if isinstance(pattern, str)]
         for pattern in (*patterns, *self.rank_pattern, *self.alpha_pattern):
             try:
@@ -142,7 +138,7 @@ def linear_layers(model: DistributedTransformer) -> list[NamedLinear]:
     return sorted(found, key=lambda linear: linear.is_head)
 
 
-def add_lora(model: DistributedTransformer, config: LoraConfig, rngs: nnx.Rngs, *,
+def add_lora(model: DistributedTransformer, config: LoraConfig, rngs: nnx.Rngs, *, dtype: DTypeLike = "float32",
              naming: Naming | None = None) -> list[str]:
     """Puts adapters on the layers of `model` that `config` names, and returns the names of these layers.
 
@@ -151,6 +147,7 @@ def add_lora(model: DistributedTransformer, config: LoraConfig, rngs: nnx.Rngs, 
 
     Args:
         rngs: one key of its stream `params` is taken.
+        dtype: of A and B. They are used in the dtype of the activations.
         naming: other names for each of ours, by which `config` may know it too.
 
     Raises:
@@ -162,7 +159,7 @@ def add_lora(model: DistributedTransformer, config: LoraConfig, rngs: nnx.Rngs, 
     for linear, (rank, scaling) in chosen:
         # A key for each layer, made of its name.
         keys = [jax.random.fold_in(key, zlib.crc32(name.encode())) for name in linear.names]
-        a, b = adapter_shapes(linear, rank, config.dtype, model.mesh)
+        a, b = adapter_shapes(linear, rank, dtype, model.mesh)
         attach(linear.layer, scaling, _created(_kaiming_uniform, jnp.stack(keys) if linear.stacked else keys[0], a),
                _created(jax.nn.initializers.zeros, key, b))
     return [name for linear, _ in chosen for name in linear.names]

@@ -105,7 +105,7 @@ def _train(args: argparse.Namespace, version: str) -> int:
     speed = f"{summary.tokens:,} tokens in {summary.seconds:.1f} s"
     losses = "".join(f", {name} {value:.4f}" for name, value in (
         ("loss", summary.loss), ("validation loss", summary.validation_loss)) if value is not None)
-    lines = [f"{summary.steps} steps, {speed}{losses}", *([summary.left_out] if summary.left_out else [])]
+    lines = [f"{summary.steps} steps, {speed}{losses}", *summary.left_out.splitlines()]
     if summary.stopped_by is not None:
         lines.append(f"stopped by {summary.stopped_by} after step {summary.steps} of {summary.of_steps}, which is "
                      f"saved in {config.output}: the same command goes on from there")

@@ -153,3 +153,6 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be above 0; got {value}.")
+        if self.model.from_scratch and self.lora is not None:
+            raise ValueError("lora trains adapters on a model that knows something, and model.from_scratch begins with "
+                             "random weights: leave one of them out.")

@@ -45,7 +45,8 @@ class DataConfig:
         window_lengths: each text that is cut draws one of these in each epoch, and how much shorter its first window
             is, so that it is not cut at the same places again; by default windows are of `max_seq_len` in all epochs.
         train_on: learn from the "assistant" (of completions: what follows the prompt), or from "all" tokens.
-        turns: "together" or "apart", as `EncodingConfig` explains.
+        turns: "together" learns all the assistant's turns of a conversation in one sequence; "apart" makes a sequence
+            for each, with what comes before it: for templates that drop earlier thinking.
         template_variables: for the chat template.
         lookahead: groups of sequences that wait in each shard: more pack tighter.
         threads: that read and tokenise.

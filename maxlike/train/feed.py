@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from maxlike.mesh import ShardingRules
 from maxlike.models.tokenizer import Tokenizer
 from maxlike.train.batch import Batch
-from maxlike.train.data import DataConfig, load_dataset
+from maxlike.train.data import DataConfig, PackedDataset, load_dataset
 from maxlike.train.stream import Summary, merge_states
 
 
@@ -36,6 +36,7 @@ class Feed:
         config: `shards` as `shards_for` gives it.
         steps: of the run; `None`: as many as `config.epochs` make.
         accumulation: batches of a step.
+        vocab_size: of the model.
         progress: show bars for what takes long.
 
     Raises:
@@ -43,8 +44,8 @@ class Feed:
     """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, mesh: Mesh, *, steps: int | None, accumulation: int,
-                 progress: bool = False):
-        self._accumulation = accumulation
+                 vocab_size: int, progress: bool = False):
+        self._vocab_size, self._accumulation = vocab_size, accumulation
         self._mesh_shards, own = _token_shards(mesh)
         self._together = config.shards // self._mesh_shards
         own_shards = [shard for cut in own for shard in range(cut * self._together, (cut + 1) * self._together)]
@@ -60,11 +61,12 @@ class Feed:
             raise ValueError("Of training and validation data the one are pairs of chosen and rejected answers, the "
                              "other are not.")
         if steps is None:
-            batches = _of_all(training.count_batches(progress=progress))
+            batches = _counted(training, progress)
             steps = -(-batches // accumulation)
             training = training.with_length(steps * accumulation)
-        if validation is not None and jax.process_count() > 1:
-            validation = validation.with_length(_of_all(validation.count_batches(progress=progress)))
+        if validation is not None:  # read once now: a bad record is not to end a run that has begun
+            batches = _counted(validation, progress)
+            validation = validation.with_length(batches) if jax.process_count() > 1 else validation
         self.steps = steps
         self._training, self._validation = iter(training), validation
 
@@ -87,12 +89,10 @@ class Feed:
         finally:
             stream.close()
 
-    @property
-    def validates(self) -> bool:
-        """Whether anything is held out."""
-        return self._validation is not None
-
     def _fed(self, batch: Batch) -> Fed:
+        if (largest := int(batch.tokens.max())) >= self._vocab_size:
+            raise ValueError(f"The tokenizer gave a token of id {largest}, and the model's vocabulary has "
+                             f"{self._vocab_size}: they do not belong together.")
         lengths = np.diff(batch.row_offsets, axis=1)
         return Fed(joined_shards(batch, self._together), round(int(lengths.sum()) / self._share),
                    round(int((lengths > 0).sum()) / self._share))
@@ -158,17 +158,33 @@ def _token_shards(mesh: Mesh) -> tuple[int, list[int]]:
                          sharding.addressable_devices_indices_map((cuts,)).values() if index is not None})
 
 
-def _of_all(number: int) -> int:
-    """The largest of all processes'."""
+def _counted(dataset: PackedDataset, progress: bool) -> int:
+    """The largest of all processes' numbers of batches.
+
+    Raises:
+        ValueError: in all of them, where one of them found a record that is not to be skipped.
+    """
+    failed: ValueError | None = None
+    try:
+        number = dataset.count_batches(progress=progress)
+    except ValueError as error:
+        if jax.process_count() == 1:
+            raise
+        failed, number = error, -1
     if jax.process_count() == 1:
         return number
-    return int(np.max(multihost_utils.process_allgather(np.int64(number))))
+    numbers = np.asarray(multihost_utils.process_allgather(np.int64(number)))
+    if failed is not None:
+        raise failed
+    if (numbers < 0).any():
+        raise ValueError(f"Process {int(np.flatnonzero(numbers < 0)[0])} found bad data, and says which.")
+    return int(numbers.max())
 
 
 def told(summary: Summary) -> str:
-    """What was left out and cut, in words; empty where nothing was."""
+    """What was left out and cut, in words, and the first of what was said of it; empty where nothing was."""
     found = asdict(summary)
     bad = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in sorted(summary.bad.items()))
     parts = [f"{sum(summary.bad.values())} of {found['records']} records were left out ({bad})"] if bad else []
     parts += [f"{summary.truncated} were cut to size"] if summary.truncated else []
-    return "; ".join(parts)
+    return "\n".join(["; ".join(parts), *summary.messages]) if parts else ""

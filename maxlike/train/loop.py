@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import threading
 import time
@@ -27,8 +28,8 @@ from maxlike.train.config import TrainConfig
 from maxlike.train.feed import Fed, Feed, shards_for, told
 from maxlike.train.metrics import Meter, MetricsLog, plot_losses
 from maxlike.train.objective import Objective, PreferenceBatch, PreferenceObjective, SupervisedObjective
-from maxlike.train.optimizer import OptimizerConfig, make_optimizer
-from maxlike.train.settings import as_json, write_yaml
+from maxlike.train.optimizer import OptimizerConfig, check_optimizer, make_optimizer
+from maxlike.train.settings import as_json, build, write_yaml
 from maxlike.train.step import (
     TrainState,
     init_state,
@@ -55,7 +56,7 @@ class Summary:
         loss: of the last step; `None` where there was none to take.
         validation_loss: the last one measured.
         tokens, seconds: of this call.
-        left_out: what data were, in words.
+        left_out: what data were, in words, and in further lines the first of what was said of them.
         stopped_by: the signal that ended it early.
         leader: this process is the one that speaks for all.
     """
@@ -108,6 +109,8 @@ class _Signals:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = signal.Signals(number).name
+        # Not by print, which a signal may find in the middle of its work.
+        os.write(2, b"\nmaxlike: the step under way is finished and saved; a second signal ends the run at once\n")
         self.__exit__()
 
     def __exit__(self, *_: object) -> None:
@@ -151,8 +154,16 @@ class _Run:
 
         # First what is quick to find wrong, then the weights, which take a while.
         self.data = Feed(config.data, Tokenizer.from_folder(resolve(config.model.path)), self.mesh, steps=config.steps,
-                         accumulation=config.step.accumulation, progress=self._active and not config.log.quiet)
+                         accumulation=config.step.accumulation, vocab_size=described.vocab_size,
+                         progress=self._active and not config.log.quiet)
         self.steps = self.data.steps
+        if saved is not None and config.steps is None:
+            _check_count(config, saved)
+        check_optimizer(_with_total(config.optimizer, self.steps))
+        longest = config.data.max_seq_len or config.data.tokens_per_shard
+        if longest > described.max_position_embeddings:
+            self.tell(f"sequences may have {longest} tokens, and the model's config.json speaks of "
+                      f"{described.max_position_embeddings} positions: data.max_seq_len bounds them")
         # The reference of preference training is what the run began with.
         pairs = self.data.preference
         trainee = load_trainee(config, self.mesh, restored=saved is not None and not pairs)
@@ -307,9 +318,7 @@ class _Run:
         return self.step % _AGREE_EVERY == 0 and bool(multihost_utils.broadcast_one_to_all(np.bool_(late)))
 
     def _save(self, value: float | None) -> None:
-        self._look_at_last()  # nothing that is no number takes the place of what was good
-        if self._not_finite:
-            return
+        self._look_at_last()  # which raises before what is no number takes the place of what was good
         if value is not None and math.isfinite(value):
             self.best = value if self.best is None else min(self.best, value)
         else:
@@ -344,11 +353,29 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"The output folder {folder} cannot be made: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"The output folder {folder} cannot be written to.")
 
 
 def _stored(state: TrainState) -> dict[str, Any]:
     """What of a state is in checkpoints: what is frozen is where it came from."""
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+
+
+def _check_count(config: TrainConfig, saved: SavedStep) -> None:
+    """Sees to it that steps counted from the data are the ones that the run has counted so far.
+
+    Raises:
+        ValueError: they are not: a step has become another part of the data.
+    """
+    before = build(TrainConfig, saved.about["config"])
+    for name, then, now in (("data.tokens_per_batch", before.data.tokens_per_batch, config.data.tokens_per_batch),
+                            ("data.shards", before.data.shards, config.data.shards),
+                            ("data.epochs", before.data.epochs, config.data.epochs),
+                            ("step.accumulation", before.step.accumulation, config.step.accumulation)):
+        if then != now and before.steps is None:
+            raise ValueError(f"The run counts its steps by its data, and {name} was {then} and is now {now}: say with "
+                             f"steps how many it is to have in all; {saved.step} are taken.")
 
 
 def _with_total(config: OptimizerConfig, steps: int) -> OptimizerConfig:

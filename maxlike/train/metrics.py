@@ -106,10 +106,10 @@ class MetricsLog:
         if not self._active:
             return
         kept = [line for line in _records(folder / METRICS) if line["step"] <= first_step]
-        self._file = (folder / METRICS).open("w", encoding="utf-8")
-        for line in kept:
-            self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        beside = folder / f"{METRICS}.new"  # and then in its place, so that a kill in this moment loses nothing
+        beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        beside.replace(folder / METRICS)
+        self._file = (folder / METRICS).open("a", encoding="utf-8")
         if board is not None:
             self._board = board.SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=True if quiet else None,
@@ -119,7 +119,8 @@ class MetricsLog:
         """One line: `{"step", "kind", ...}`; kind is "train" or "validation"."""
         if not self._active:
             return
-        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        found = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        self._file.write(json.dumps({"step": step, "kind": kind, **found}) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
@@ -163,7 +164,8 @@ def plot_losses(folder: Path) -> Path | None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for kind, style in (("train", dict(linewidth=0.8)), ("validation", dict(marker="o"))):
-        points = [(line["step"], line["loss"]) for line in records if line["kind"] == kind and "loss" in line]
+        points = [(line["step"], line["loss"]) for line in records
+                  if line["kind"] == kind and line.get("loss") is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=kind, **style)
     axes.set_xlabel("step")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +41,9 @@ class OptimizerConfig:
         momentum: of sgd and muon.
     """
 
-    name: str = "adamw"
+    name: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
     learning_rate: float = 1e-4
-    schedule: str = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_steps: int = 0
     total_steps: int | None = None
     final_fraction: float = 0.0
@@ -85,9 +85,7 @@ def make_optimizer(config: OptimizerConfig, model: DistributedTransformer) -> Op
         ValueError: a name is unknown, a number is out of range, or a constant is not one of this optimizer's; lists
             all that is wrong.
     """
-    problems = _problems(config)
-    if problems:
-        raise ValueError("OptimizerConfig: " + "; ".join(problems) + ".")
+    check_optimizer(config)
     constants = {field: value for field in _CONSTANTS[config.name] if (value := getattr(config, field)) is not None}
     transform = _BUILDERS[config.name](config.weight_decay, _Matrices.of(model), constants)
     if config.max_grad_norm is not None:
@@ -95,6 +93,13 @@ def make_optimizer(config: OptimizerConfig, model: DistributedTransformer) -> Op
     if config.skip_nonfinite:
         transform = optax.apply_if_finite(transform, config.skip_nonfinite)
     return Optimizer(transform, make_schedule(config))
+
+
+def check_optimizer(config: OptimizerConfig) -> None:
+    """Raises the `ValueError` of `make_optimizer`, if there is one."""
+    problems = _problems(config)
+    if problems:
+        raise ValueError("OptimizerConfig: " + "; ".join(problems) + ".")
 
 
 def make_schedule(config: OptimizerConfig) -> Callable[[Any], jax.Array]:

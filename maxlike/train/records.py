@@ -45,7 +45,7 @@ def find_files(names: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for name in names:
-        path = Path(name)
+        path = Path(name).expanduser()
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.name.endswith(_SUFFIXES) and file.is_file())
             missing = f"{path} is a folder without a file named *.jsonl or *.jsonl.gz"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ REMAT_POLICIES: dict[str, CheckpointPolicy | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-"""What of each block is kept for the backward pass: all, its input alone, or its matrix products."""
+"""By the names of `StepConfig.remat`."""
 
 
 _SUPERVISED = SupervisedObjective()
@@ -44,8 +44,9 @@ class StepConfig:
     """How a step computes.
 
     Args:
-        dtype: of activations, and of parameters where they are multiplied: `"float32"` or `"bfloat16"`.
-        remat: a name in `REMAT_POLICIES`.
+        dtype: of activations, and of parameters where they are multiplied.
+        remat: what of each block is kept for the backward pass, the rest being worked out again: all ("none" is),
+            its input alone ("full"), or its matrix products ("dots").
         accumulation: A, the micro-batches of a step; above 1 a batch's arrays have A as their first dimension. Their
             losses and gradients are divided by the weight of all of them together.
 
@@ -53,8 +54,8 @@ class StepConfig:
         ValueError: a field is none of these.
     """
 
-    dtype: str = "bfloat16"
-    remat: str = "full"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    remat: Literal["none", "full", "dots"] = "full"
     accumulation: int = 1
 
     def __post_init__(self) -> None:

@@ -51,7 +51,7 @@ def mesh_of(config: MeshConfig, model: TransformerConfig) -> Mesh:
     devices = jax.devices()
     fsdp = config.fsdp
     if fsdp is None:
-        fsdp = max(1, len(devices) // (config.data * config.model))
+        fsdp = max(1, len(devices) // max(1, config.data * config.model))
     if min(config.data, fsdp, config.model) < 1 or config.data * fsdp * config.model != len(devices):
         raise ValueError(f"A mesh of data {config.data} x fsdp {fsdp} x model {config.model} does not use the "
                          f"{len(devices)} devices ({devices[0].platform}) that there are; the product must be their "

@@ -216,6 +216,19 @@ def test_tied_weights(devices: list[jax.Device]) -> None:
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_gradients_of_one_token_are_added_in_float32(axes: dict[str, int]) -> None:
+    layer = nn.VocabParallelEmbedding(61, 8, BF16, mesh_of(**axes), rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(layer)
+    tokens = jnp.where(jnp.arange(4096) % 4 == 0, 5, 60)
+    total = jax.value_and_grad(lambda params: nnx.merge(graphdef, params)(tokens).astype(F32).sum())
+    (found,) = jax.tree.leaves(jax.jit(total)(params)[1])
+    assert jax.typeof(found) == jax.typeof(layer.weight.get_value())
+    expected = np.zeros((61, 8))
+    expected[5], expected[60] = 1024, 3072  # in bfloat16 a sum of ones ends at 256
+    np.testing.assert_array_equal(double(found)[:61], expected)
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_embedding(axes: dict[str, int]) -> None:
     mesh = mesh_of(**axes)
     layer = nn.VocabParallelEmbedding(61, 12, F32, mesh, rngs=nnx.Rngs(0))

@@ -336,7 +336,6 @@ def test_no_second_adapter_and_none_to_merge(devices: list[jax.Device]) -> None:
     (dict(target_modules=[3]), "target_modules is a regular expression, or a list of names"),
     (dict(target_modules="(q"), "is no regular expression"),
     (dict(exclude_modules="*"), "is no regular expression"),
-    (dict(dtype="int8"), "dtype must be a floating-point one"),
 ])
 def test_configurations_refused(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):

@@ -70,7 +70,10 @@ def test_what_a_run_leaves(one_device: None, folder: Path, tmp_path: Path) -> No
                   validation_files=[str(write_texts(tmp_path / "held.jsonl", n=8, seed=1))]))
     summary = run(folder, tmp_path / "out", **changes)
     assert summary.steps == summary.of_steps > 2 and summary.stopped_by is None
-    assert summary.left_out == "2 of 66 records were left out (1 not json, 1 wrong type)"
+    total, *each = summary.left_out.splitlines()
+    assert total == "2 of 66 records were left out (1 not json, 1 wrong type)"
+    assert len(each) == 2
+    assert "data.jsonl, line 65: not JSON" in each[0] and "data.jsonl, line 66: text must be a string" in each[1]
     measured = losses(tmp_path / "out", "validation")
     assert list(measured) == [*range(2, summary.steps, 2), summary.steps]
     saved = sorted(path.name for path in (tmp_path / "out").glob("step_*"))
@@ -135,9 +138,46 @@ def test_folders_with_a_run_in_them(one_device: None, folder: Path, tmp_path: Pa
     (dict(model=dict(path="nowhere/to/be/found")), "there is no folder"),
     (dict(optimizer=dict(name="adamx")), "adamx"),
     (dict(lora=dict(target_modules=["nothing"])), "nothing"),
+    (dict(mesh=dict(data=0)), "does not use the 8 devices"),
+    (dict(lora=dict(rank=2), model=dict(from_scratch=True)), "leave one of them out"),
+    (dict(optimizer=dict(warmup_steps=6)), "needs more than the 6 of warm-up"),
 ])  # fmt: skip
 def test_refused(folder: Path, tmp_path: Path, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError) as error:
         run(folder, tmp_path, **changes)
     assert says in str(error.value)
     assert not list(tmp_path.glob("step_*"))
+
+
+def test_bad_validation_data_are_refused_before_the_first_step(one_device: None, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "held.jsonl").write_text('{"text": "one"}\n{"text": 3}\n')
+    with pytest.raises(ValueError, match=r"held\.jsonl, line 2: text must be a string; got 3"):
+        run(folder, tmp_path / "out", data=dict(validation_files=[str(tmp_path / "held.jsonl")]))
+    assert not losses(tmp_path / "out")
+
+
+def test_a_vocabulary_that_is_too_small(one_device: None, folder: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "model", vocab_size=64)
+    with pytest.raises(ValueError, match=r"a token of id \d+, and the model's vocabulary has 64"):
+        run(folder, tmp_path / "out", steps=1, model=dict(path=str(tmp_path / "model"), from_scratch=True))
+
+
+@pytest.mark.slow
+def test_a_step_that_is_counted_by_the_data_stays_what_it_was(one_device: None, folder: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = dict(steps=None, data=dict(tokens_per_batch=256))
+    whole = run(folder, tmp_path, **changes)
+    for other, says in ((dict(step=dict(accumulation=2)), "step.accumulation was 1 and is now 2"),
+                        (dict(data=dict(tokens_per_batch=512)), "data.tokens_per_batch was 256 and is now 512")):
+        with pytest.raises(ValueError, match=f"{says}.*say with steps"):
+            run(folder, tmp_path, **(changes | other))
+    more = run(folder, tmp_path, steps=whole.steps + 2, step=dict(accumulation=2), data=changes["data"])
+    assert more.steps == whole.steps + 2
+
+
+@pytest.mark.slow
+def test_what_a_skipped_last_step_leaves_is_saved(one_device: None, folder: Path, tmp_path: Path) -> None:
+    summary = run(folder, tmp_path, steps=2, optimizer=dict(learning_rate=1e30, schedule="constant", skip_nonfinite=5))
+    assert summary.steps == 2
+    assert find_checkpoint(tmp_path, tell=pytest.fail).step == 2
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1], parse_constant=pytest.fail)
+    assert last["step"] == 2 and last["loss"] is None
