@@ -18,12 +18,13 @@ class ModelConfig:
     Args:
         path: a Hugging Face folder, or a hub id such as `Qwen/Qwen3-0.6B`.
         from_scratch: take its `config.json` and tokenizer alone, and begin with random weights.
-        scan_layers: run groups of like layers as one scan; by default so, but on CPU.
+        scan_layers: run groups of like layers as one scan. Without it a step takes more memory, most of all on CPU,
+            where rematerialisation saves nothing then, and longer to compile.
     """
 
     path: str
     from_scratch: bool = False
-    scan_layers: bool | None = None
+    scan_layers: bool = True
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from flax import nnx
 from jax import P
 from jax.sharding import Mesh, NamedSharding
 
+from maxlike.kernels import ragged_attention
 from maxlike.mesh import ShardingRules
 from maxlike.nn.transformer.distributed_transformer import DistributedTransformer
 from maxlike.nn.transformer.segments import CheckpointPolicy, named_parameters
@@ -31,7 +32,9 @@ Metrics = dict[str, jax.Array]
 REMAT_POLICIES: dict[str, CheckpointPolicy | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ragged_attention.SAVED)),
 }
 """By the names of `StepConfig.remat`."""
 
@@ -46,7 +49,7 @@ class StepConfig:
     Args:
         dtype: of activations, and of parameters where they are multiplied.
         remat: what of each block is kept for the backward pass, the rest being worked out again: all ("none" is),
-            its input alone ("full"), or its matrix products ("dots").
+            its input alone ("full"), or its matrix products and what attention gives ("dots").
         accumulation: A, the micro-batches of a step; above 1 a batch's arrays have A as their first dimension. Their
             losses and gradients are divided by the weight of all of them together.
 

@@ -1,5 +1,6 @@
 """Causal attention over a ragged batch without a cache: for training and scoring."""
 
 from maxlike.kernels.ragged_attention.api import ragged_attention
+from maxlike.kernels.ragged_attention.xla import SAVED
 
-__all__ = ["ragged_attention"]
+__all__ = ["SAVED", "ragged_attention"]

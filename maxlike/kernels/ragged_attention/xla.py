@@ -21,6 +21,10 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+SAVED = "ragged_attention"
+"""What `jax.checkpoint_policies.save_only_these_names` keeps, so that rematerialisation does not attend again."""
 
 # Tokens in a block. On CPU 64 and 128 cost the same, 32 and 256 a quarter more; accelerators want it large.
 BLOCK = 128
@@ -90,7 +94,7 @@ def _forward(q, k, v, sinks, first_visible, scale, soft_cap):
         return _flat(acc / total[..., None]), top + jnp.log(total)
 
     out, log_total = lax.map(query_block, (jnp.arange(len(queries)), queries, first_visible))
-    out = _from_blocks(out, q)
+    out, log_total = checkpoint_name(_from_blocks(out, q), SAVED), checkpoint_name(log_total, SAVED)
     return out, (q, k, v, sinks, first_visible, out, log_total)
 
 

@@ -114,7 +114,8 @@ class ScannedSegment(nnx.Module):
     def __call__(self, x: jax.Array, kv_collection: Any, metadata: Any,
                  remat: CheckpointPolicy | None = None) -> tuple[jax.Array, Any]:
         """`[T, D] -> [T, D]`, and the collection to go on with."""
-        call = _caller(remat)
+        # A loop's backward pass is a loop of its own, which shares nothing with the forward one.
+        call = _caller(remat, prevent_cse=False)
         graphdefs, states = zip(*(nnx.split(layer) for layer in self.layers), strict=True)
 
         def body(carry: tuple[jax.Array, Any, jax.Array], states: Any) -> tuple[Any, None]:
@@ -141,8 +142,10 @@ def _call_layer(graphdef: nnx.GraphDef, state: nnx.State, x: jax.Array, layer_in
     return nnx.merge(graphdef, state)(x, layer_index, kv_collection, metadata)
 
 
-def _caller(remat: CheckpointPolicy | None) -> Callable[..., tuple[jax.Array, Any]]:
-    return _call_layer if remat is None else jax.checkpoint(_call_layer, policy=remat, static_argnums=0)
+def _caller(remat: CheckpointPolicy | None, prevent_cse: bool = True) -> Callable[..., tuple[jax.Array, Any]]:
+    if remat is None:
+        return _call_layer
+    return jax.checkpoint(_call_layer, policy=remat, static_argnums=0, prevent_cse=prevent_cse)
 
 
 def _stack(layers: Sequence[nnx.Module]) -> nnx.Module:
