@@ -2,6 +2,7 @@
 # Continues a prompt on whatever this machine has:  bash scripts/run.sh ["prompt"] [options of `maxlike generate`]
 # The first time, it makes .venv and installs the package there.
 set -euo pipefail
+# shellcheck source=scripts/_environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
 prepare_environment
 

@@ -3,6 +3,7 @@
 # Without arguments, all but the slow ones, on all cores; `-m ""` adds those. The first time, it makes .venv and installs
 # into it.
 set -euo pipefail
+# shellcheck source=scripts/_environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
 prepare_environment test
 cd "$root"

@@ -17,7 +17,7 @@ from typing import Any
 
 CONTROL_FLOW = frozenset({"while", "call", "conditional"})
 """Their time is that of the operations in them, on CPU perhaps on another thread; what is left is their own."""
-TELLING = ("custom-call", "convolution", "dot", "scatter", "gather", "sort", "reduce-window", "reduce",
+TELLING = ("convolution", "dot", "scatter", "gather", "sort", "custom-call", "reduce-window", "reduce",
            "dynamic-update-slice", "dynamic-slice", "transpose", "concatenate")
 """What a fusion is called after: the first of these that it holds."""
 UNTOLD_LAYERS = frozenset({"DistributedTransformer", "DistributedTransformerBlock", "DirectSegment", "ScannedSegment"})
@@ -158,14 +158,14 @@ def describe(text: str, package: Path) -> dict[str, tuple[str, str]]:
             if telling:
                 told = origins[called or ""][inside.index(telling)] or origin
         found[name] = kind, _where(told, sections, package)
-    neighbours: dict[str, list[str]] = defaultdict(list)
+    users: dict[str, list[str]] = defaultdict(list)
     for name, given in operands.items():
         for operand in given:
-            neighbours[operand].append(name)
-            neighbours[name].append(operand)
+            users[operand].append(name)
     for name, (kind, where) in list(found.items()):
         # XLA loses the origin of some that it rewrites; what takes their result, or what they take, is close by.
-        near = next((found[other][1] for other in neighbours[name] if found.get(other, ("", ""))[1]), "")
+        close = [found[other] for other in (*users[name], *operands[name]) if other in found]
+        near = next((there for its_kind, there in close if ".py:" in there and its_kind != "constant"), "")
         if not where and near and not near.startswith("near "):
             found[name] = kind, f"near {near}"
     return found
@@ -196,7 +196,7 @@ def _where(origin: str, sections: Mapping[str, Mapping[int, tuple[Any, ...]]], p
         inner = function.split(".<locals>")[0]
         if not inner.endswith(".__call__"):
             layers.append(inner)
-        place = f"{' > '.join(layers)}  {file.relative_to(package)}:{line}"
+        place = f"{' > '.join(layers)}  {file.relative_to(package)}:{line}".lstrip()
     if path and "transpose(" in path[1]:
         place += ", backward"
     elif path and "rematted_computation" in path[1]:
