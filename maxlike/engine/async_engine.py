@@ -92,7 +92,15 @@ class AsyncEngine:
     @classmethod
     def from_model(cls, model: str | os.PathLike[str], config: EngineConfig | None = None, *,
                    max_queue: int | None = None, **options: Any) -> AsyncEngine:
-        """Of a checkpoint; arguments as `LLM` has them. `start` is still to be called, as `with engine:` does."""
+        """Of a checkpoint. `start` is still to be called, as `with engine:` does.
+
+        Args:
+            model, config, options: as `LLM` has them.
+            max_queue: requests that may wait; `None`: any number.
+
+        Raises:
+            ValueError: as `LLM`.
+        """
         config, load_options = EngineConfig.from_options(config, options)
         return cls(load_engine(model, config, **load_options), max_queue=max_queue)
 
@@ -152,7 +160,7 @@ class AsyncEngine:
         self.close()
 
     def check(self, prompt: Sequence[int], params: SamplingParams, *, embed: bool = False) -> None:
-        """As `Engine.check`; may take a while where a grammar is to be compiled."""
+        """As `Engine.check`, which says what it raises; may take a while where a grammar is to be compiled."""
         self._engine.check(prompt, params, embed=embed)
 
     async def generate(self, prompt: Sequence[int], params: SamplingParams, request_id: str, *,

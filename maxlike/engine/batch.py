@@ -100,7 +100,13 @@ def pack_rows(rows: np.ndarray, slots: np.ndarray, bucket: int, n_slots: int) ->
 
 
 def pack_drawing(params: SlotParams, slots: np.ndarray, draws: np.ndarray, bucket: int) -> np.ndarray:
-    """`int32[bucket, 1 + len(ROW_FIELDS)]`: each row's number of the draw, then what its request says."""
+    """`int32[bucket, 1 + len(ROW_FIELDS)]`: each row's number of the draw, then what its request says.
+
+    Args:
+        params: of all slots.
+        slots, draws: `int32[R]`, R at most `bucket`: each row's slot, and which of its output tokens is drawn.
+        bucket: rows of the program.
+    """
     packed = np.zeros((bucket, 1 + len(ROW_FIELDS)), np.int32)
     packed[:len(slots), 0] = draws
     packed[:len(slots), 1:] = params.rows[slots]
@@ -108,7 +114,13 @@ def pack_drawing(params: SlotParams, slots: np.ndarray, draws: np.ndarray, bucke
 
 
 def unpack_rows(packed: jax.Array, slots: jax.Array, n_slots: int) -> Rows:
-    """What `pack_drawing` has packed, for rows of `slots`."""
+    """What `pack_drawing` has packed.
+
+    Args:
+        packed: `int32[R, 1 + len(ROW_FIELDS)]`.
+        slots: `int32[R]`, each row's slot; `n_slots` for padding.
+        n_slots: as many as there are.
+    """
     columns = dict(zip(("draw", *ROW_FIELDS), packed.T, strict=True))
     for name in ROW_FIELDS[_N_INTEGERS:]:
         columns[name] = jax.lax.bitcast_convert_type(columns[name], jnp.float32)

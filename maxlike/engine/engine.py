@@ -121,6 +121,11 @@ class Engine:
     def check(self, prompt: Sequence[int], params: SamplingParams, *, embed: bool = False) -> None:
         """Sees to it that a request can be run. From any thread.
 
+        Args:
+            prompt: token ids.
+            params: what is asked of the continuations.
+            embed: the prompt is read for its embedding; nothing is drawn.
+
         Raises:
             ValueError: the prompt is empty, too long, or holds an id beyond the vocabulary; or what the parameters ask
                 for needs a tokenizer that is not there, or names tokens beyond the vocabulary.
@@ -149,6 +154,7 @@ class Engine:
         Args:
             request_id: a name, of which no other request that is still running has the same.
             prompt: token ids.
+            params: what is asked of the continuations.
             priority: lower ones go first.
             embed: read the prompt for its embedding; nothing is drawn.
             client: anything; it stands in `Request.client`.
@@ -206,7 +212,12 @@ class Engine:
         return self._pending is not None or bool(self._requests) or bool(self._moved)
 
     def compile_for(self, n_prompt: int, params: SamplingParams) -> None:
-        """Compiles what a request alone needs, so that its own time holds no compiling."""
+        """Compiles what a request alone needs, so that its own time holds no compiling.
+
+        Args:
+            n_prompt: tokens of its prompt.
+            params: its own.
+        """
         runner, budget = self.runner, self.scheduler.max_num_batched_tokens
         steps = {min(n_prompt, budget), n_prompt % budget or budget} | ({1} if params.max_tokens != 1 else set())
         for n in sorted(steps):

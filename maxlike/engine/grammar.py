@@ -151,7 +151,11 @@ def _text(wanted: StructuredOutput) -> str:
 
 
 def as_held(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON schema with llguidance's options: nothing that it does not know is passed over, and whitespace ends."""
+    """A JSON schema with llguidance's options: nothing that it does not know is passed over, and whitespace ends.
+
+    Raises:
+        ValueError: the schema's own `x-guidance` is no object.
+    """
     own = schema.get("x-guidance", {})
     if not isinstance(own, Mapping):
         raise ValueError(f"x-guidance must be an object; got {own!r:.100}")
@@ -207,6 +211,9 @@ class Grammar:
             may_end: whether the tokens that end the output are allowed where the text may end. They are in any case
                 where nothing else is.
             held_back: other tokens that are allowed only where nothing else is.
+
+        Raises:
+            ValueError: `out` has another shape, dtype or layout.
         """
         if out.shape != (self._n_words,) or out.dtype != np.uint32 or not out.flags.c_contiguous:
             raise ValueError(f"A mask is uint32[{self._n_words}], in one piece; got {out.dtype}{list(out.shape)}.")

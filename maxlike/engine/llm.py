@@ -88,8 +88,11 @@ class LLM:
 
         Args:
             messages: `{"role": ..., "content": ...}` each.
+            sampling_params, use_tqdm: as `generate` has them.
             tools: JSON schemas of functions, for the template.
             chat_template: Jinja source, in place of the checkpoint's.
+            add_generation_prompt: end with what the template writes before an answer; without, the last message is
+                continued.
             template_variables: go to the template as they are.
 
         Raises:
@@ -104,7 +107,15 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def score(self, texts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True) -> list[ScoreOutput]:
-        """How likely each text is: its tokens' log-probabilities, each given those before it."""
+        """How likely each text is: its tokens' log-probabilities (natural), each given those before it.
+
+        Args:
+            texts: text or token ids, one or many.
+            use_tqdm: show progress, on a terminal.
+
+        Raises:
+            ValueError: as `generate`.
+        """
         outputs = self.generate(texts, SamplingParams(max_tokens=0, prompt_logprobs=0), use_tqdm=use_tqdm)
         scores = []
         for output in outputs:
@@ -115,7 +126,15 @@ class LLM:
         return scores
 
     def embed(self, texts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True) -> list[EmbeddingOutput]:
-        """Each text's last hidden state behind the final norm, scaled to length 1."""
+        """Each text's last hidden state behind the final norm, D floats, scaled to length 1.
+
+        Args:
+            texts: text or token ids, one or many.
+            use_tqdm: show progress, on a terminal.
+
+        Raises:
+            ValueError: as `generate`.
+        """
         params = SamplingParams(max_tokens=0)
         given = self._prompts(texts)
         for _, ids in given:
@@ -125,7 +144,12 @@ class LLM:
         return [EmbeddingOutput(request.request_id, request.token_ids, unit_length(request)) for request in requests]
 
     def update_weights(self, params: DistributedTransformer | nnx.State | Mapping[str, Any]) -> None:
-        """Goes on with other weights, without compiling anything; see `Engine.update_weights`."""
+        """Goes on with other weights, without compiling anything.
+
+        Args:
+            params: all or some by name, a whole state, or a model; see `Engine.update_weights`, which says what it
+                raises.
+        """
         self.engine.update_weights(params)
 
     def _run(self, requests: list[Request], use_tqdm: bool) -> None:

@@ -219,6 +219,10 @@ class ModelRunner:
         """The layers over a step's tokens: `(last [slots, D], hidden [T, D])`, still being computed.
 
         `last` has each sequence's last row, in the order of the step.
+
+        Args:
+            layout: that of the program, as `layout` gives it for a number in `token_buckets`.
+            packed: `int32[layout.size]`, the step's numbers, as `ForwardLayout.pack` gives them.
         """
         program = self.compile("forward", layout.n_tokens)
         last, hidden, self._pages = program(self._leaves, self._pages, self._last_tokens, packed)
@@ -231,9 +235,12 @@ class ModelRunner:
         return tokens
 
     def draw(self, last: jax.Array, where: np.ndarray, drawing: np.ndarray, mask: np.ndarray | None) -> Sampled:
-        """A token of each row, as its request asks (see `pack_drawing`), with its log-probability.
+        """A token of each row, as its request asks, with its log-probability.
 
         Args:
+            last: `[slots, D]`, what `forward` returned.
+            where: `int32[2, R]`, as `pack_rows` gives it.
+            drawing: `int32[R, 1 + len(ROW_FIELDS)]`, as `pack_drawing` gives it.
             mask: `uint32[R, V / 32]`, bit `t % 32` of word `t // 32` is token t's; `None`: all are allowed.
         """
         program = self.compile("full", where.shape[1])
@@ -242,7 +249,12 @@ class ModelRunner:
         return sampled
 
     def score(self, hidden: jax.Array, rows: np.ndarray, targets: np.ndarray) -> Sampled:
-        """Log-probability and rank of up to `SCORED_ROWS` tokens `targets`, each behind its row of `hidden`."""
+        """Log-probability and rank of tokens, each behind its row of `hidden`.
+
+        Args:
+            hidden: `[T, D]`, what `forward` returned.
+            rows, targets: `int32[C]`, C at most `SCORED_ROWS`: rows of `hidden`, and the tokens behind them.
+        """
         where = np.zeros((2, SCORED_ROWS), np.int32)
         where[:, :len(rows)] = rows, targets
         return self.compile("score", hidden.shape[0])(self._head_leaves, hidden, where)
@@ -252,6 +264,8 @@ class ModelRunner:
         """Tells the device of a request whose penalties or edits concern it.
 
         Args:
+            slot: the request's.
+            prompt, output: its token ids so far.
             edits: token id, what its logit gets, and before which draw.
         """
         ids = np.full(MAX_EDITS, self.vocab_size, np.int32)

@@ -4,8 +4,6 @@ Nothing here sorts the vocabulary. A limit keeps the largest of a row's values, 
 the range of float32 until one value is left: 32 times over, count what lies above the middle. Ties are cut exactly too.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any, NamedTuple
@@ -146,7 +144,15 @@ def greedy(logits: jax.Array) -> jax.Array:
 
 
 def score(logits: jax.Array, targets: jax.Array) -> Sampled:
-    """How likely given tokens are: `float32[C, V]` and `int32[C]`, the tokens behind those of each row."""
+    """How likely given tokens are.
+
+    Args:
+        logits: `float32[C, V]`.
+        targets: `int32[C]`, the token behind each row.
+
+    Returns:
+        For each row its target, that token's log-probability and rank, and the likeliest tokens.
+    """
     highest = jnp.max(logits, axis=-1, keepdims=True)
     log_total = jnp.log(jnp.sum(jnp.exp(_below(logits, highest)), axis=-1, keepdims=True))
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)

@@ -70,9 +70,17 @@ def load_model(config: TransformerConfig, folder: Path, *, devices: Devices | No
                dtype: DTypeLike | None = None, kv_cache_dtype: DTypeLike | None = None,
                kv_scales: KVScales | None = None, implementation: Implementation | None = None,
                page_size: int | None = None, **options: Any) -> DistributedTransformer:
-    """As `load`, for a folder whose config is parsed already; `options` are those of `build_model` but `kv_params`.
+    """As `load`, for a folder whose config is parsed already.
 
-    `page_size` is the cache's, in tokens.
+    Args:
+        config: what `parse_config` made of the folder's `config.json`.
+        folder: with the safetensors files.
+        devices, dtype, kv_cache_dtype, kv_scales, implementation: as `load` has them.
+        page_size: tokens a page of the cache; `None`: 64.
+        options: those of `build_model` but `kv_params`.
+
+    Raises:
+        ValueError: as `load`.
     """
     mesh, family = mesh_for(config, devices), family_of({"model_type": config.model_type})
     kv_params = default_kv_params(config, mesh, compute_dtype(config, dtype), options.get("rules", ShardingRules()))
@@ -152,7 +160,14 @@ def _disagreements(checkpoint: Checkpoint, stored: dict[str, str], lost: set[str
 
 def read_array(checkpoint: Checkpoint, files: list[str], stacked: bool, param: nnx.Param,
                 mesh: jax.sharding.Mesh) -> jax.Array:
-    """The value of `param`, which may be abstract, on `mesh`: of the tensor in `files`, or of one for each slice."""
+    """The value of a parameter, read shard by shard, in its own shape, dtype and sharding.
+
+    Args:
+        checkpoint: the open files.
+        files: names of its tensors there: one, or with `stacked` one for each slice of the first dimension.
+        param: may be abstract.
+        mesh: that it is to lie on.
+    """
     abstract = param.get_value()
     logical = tuple(param.get_metadata("logical_shape"))
     sharding = NamedSharding(mesh, jax.typeof(abstract).sharding.spec)
@@ -203,6 +218,11 @@ def save_model(model: DistributedTransformer, config: TransformerConfig, folder:
     is cut off, stacks are taken apart. The scales of a quantised cache are written too. Tokenizer files are the
     caller's to copy.
 
+    Args:
+        config: the one that the model was built from.
+        folder: made where it is not there; files of these names in it are replaced.
+        max_shard_bytes: of each safetensors file, at most.
+
     Raises:
         ValueError: the model does not fit `config`, or has an adapter that is not merged.
     """
@@ -242,6 +262,6 @@ def _shapes(model: DistributedTransformer) -> dict[str, tuple[int, ...]]:
 
 
 def fetch_tensor(value: jax.Array, layer: int | None, logical: tuple[int, ...]) -> np.ndarray:
-    """A parameter's value, or that of the slice `layer` of a stack, in host memory and without padding."""
+    """A parameter's value, or that of the slice `layer` of a stack, in host memory and of the shape `logical`."""
     array = np.asarray(value if layer is None else value[layer])
     return array[tuple(slice(size) for size in logical)]

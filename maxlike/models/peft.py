@@ -55,7 +55,20 @@ _BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")
 
 def add_adapter(model: DistributedTransformer, config: TransformerConfig, lora: LoraConfig,
                 rngs: nnx.Rngs) -> list[str]:
-    """`add_lora`, where `lora` may also use the names of `transformers`, as `r".*\\.self_attn\\..*"` does."""
+    """`add_lora`, where `lora` may also use the names of `transformers`, as `r".*\\.self_attn\\..*"` does.
+
+    Args:
+        model: changed in place.
+        config: the one that it was built from.
+        lora: ranks, and which layers.
+        rngs: for the initial values.
+
+    Returns:
+        The names of the layers that have an adapter now.
+
+    Raises:
+        ValueError: as `add_lora`.
+    """
     return add_lora(model, lora, rngs, naming=_naming(_family(config)))
 
 

@@ -256,7 +256,10 @@ def write_checkpoint(
 
 
 def write_file(path: Path, tensors: Iterable[TensorSource], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file, a tensor at a time; as `write_checkpoint`, which also replaces files safely."""
+    """Write one safetensors file, a tensor at a time; `write_checkpoint` also replaces files safely.
+
+    Raises `ValueError` when an array is not of the shape or dtype that was announced.
+    """
     # Wide dtypes first, so that every tensor is aligned for readers that map the file.
     tensors = sorted(tensors, key=lambda tensor: -tensor[2].itemsize)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}

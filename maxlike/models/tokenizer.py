@@ -264,7 +264,9 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> list[int]:
-        """Token ids of `apply_chat_template(...)`: no special tokens but those that the template writes."""
+        """Token ids of `apply_chat_template`'s text, whose arguments it takes: no special tokens but those that the
+        template writes.
+        """
         prompt = self.apply_chat_template(
             messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
         )

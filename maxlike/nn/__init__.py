@@ -1,4 +1,9 @@
-"""Layers: Flax NNX modules whose parameters carry their partition specs."""
+"""Layers: Flax NNX modules whose parameters carry their partition specs.
+
+The modules behind the names here, each with more in it: `maxlike.nn.linear`, `maxlike.nn.embedding`,
+`maxlike.nn.norm`, `maxlike.nn.rotary_embedding`, `maxlike.nn.attention`, `maxlike.nn.mlp`, `maxlike.nn.kv_cache`,
+`maxlike.nn.lora`, and `maxlike.nn.module`, what they have in common. `maxlike.nn.transformer` puts them together.
+"""
 
 from maxlike.mesh import DeviceRef
 from maxlike.nn.attention import AttentionMetadata, AttentionWithRope

@@ -39,7 +39,15 @@ class AttentionMetadata:
     @classmethod
     def create(cls, n_tokens: int, row_offsets: jax.Array, cache_lengths: jax.Array | None,
                rope: RotaryEmbedding) -> AttentionMetadata:
-        """For `n_tokens` tokens; `cache_lengths` is `int32[S]`, or `None` for no cache, as it must be for shards."""
+        """For a step.
+
+        Args:
+            n_tokens: T.
+            row_offsets: as the class has them.
+            cache_lengths: `int32[S]`, tokens of each sequence before this step; `None` for no cache, as it must be
+                for shards.
+            rope: the model's.
+        """
         if row_offsets.ndim == 2:
             shards = row_offsets.shape[0]
             token = jnp.arange(n_tokens // shards, dtype=jnp.int32)
@@ -64,6 +72,9 @@ class AttentionWithRope(Module):
 
     Args:
         num_attention_heads, num_key_value_heads, hidden_size, head_dim: N, K, D and H.
+        dtype: of the parameters, but for `sinks`; the output has that of the input.
+        devices: a mesh, or devices from which `make_mesh` makes one.
+        rngs: for the initial values (LeCun normal; norms begin at one, biases and sinks at zero).
         rope: this layer's own; `None` uses the model's.
         scale: of the scores; `None` is `head_dim ** -0.5`.
         has_bias: on the query, key and value products. `has_output_bias`: on the output product.
@@ -73,6 +84,11 @@ class AttentionWithRope(Module):
         logit_soft_cap: scores become `cap * tanh(score / cap)`; `None`: they stay.
         has_sinks: a parameter `sinks`, `float32[N]` whatever `dtype` is: of each query head one more score in the
             softmax, without a value (gpt-oss).
+        rules: which mesh axes heads are cut over.
+
+    Raises:
+        ValueError: N is no multiple of K, the mesh does not divide the heads, `rope` is for another head width, or a
+            window or cap is not positive.
     """
 
     def __init__(self, num_attention_heads: int, num_key_value_heads: int, hidden_size: int, head_dim: int,
@@ -115,7 +131,12 @@ class AttentionWithRope(Module):
                  metadata: AttentionMetadata) -> tuple[jax.Array, PagedKVCacheCollection | None]:
         """`[T, D] -> [T, D]`, and the collection with this step's keys and values in it.
 
-        Without a collection, tokens attend to those of their own sequence in this batch.
+        Args:
+            x: `[T, D]`, normed.
+            layer_index: which layer of the cache this is: an int, or an `int32` scalar inside a scan.
+            kv_collection: the cache during this step. With `None` tokens attend to those of their own sequence in
+                this batch, and `None` is returned.
+            metadata: `AttentionMetadata.create`'s, the same for all layers.
         """
         tokens = x.shape[0]
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)

@@ -170,7 +170,7 @@ class KVCacheParams:
         return self.rules.sharding(as_mesh(devices), self.shape(1, "cpu"), None, "kv_heads", None, None)
 
     def allocate(self, n_pages: int, devices: Devices) -> jax.Array:
-        """A cache of zeros, `n_pages` pages a layer, each device making its own shard."""
+        """A cache of zeros, `n_pages` pages a layer: `shape(n_pages)` in `dtype`, each device making its own shard."""
         mesh = as_mesh(devices)
         shape = self.shape(n_pages, mesh_platform(mesh))
         return jax.jit(partial(jnp.zeros, shape, self.dtype), out_shardings=self.sharding(mesh))()
@@ -247,9 +247,17 @@ class PagedKVCacheCollection:
                row_offsets: jax.Array, *, scale: float, sliding_window: int | None = None,
                soft_cap: float | None = None,
                sinks: jax.Array | None = None) -> tuple[jax.Array, PagedKVCacheCollection]:
-        """Writes this step's `k` and `v` `[T, K, H]` to layer `layer_index` and attends over them with `q` `[T, N, H]`.
+        """Writes this step's keys and values to a layer of the cache, and attends over what it holds then.
 
-        The options are those of `ragged_paged_attention`; `sinks` is `float32[N]` or `None`.
+        Args:
+            q: `[T, N, H]`.
+            k, v: `[T, K, H]`, of `q`'s dtype.
+            layer_index: the layer, an int or an `int32` scalar.
+            row_offsets: `int32[S + 1]`: tokens `[row_offsets[s], row_offsets[s + 1])` are sequence s.
+            scale: what scores are multiplied by.
+            sliding_window: a token sees itself and the `sliding_window - 1` before it; `None`: all.
+            soft_cap: scores become `cap * tanh(score / cap)`; `None`: they stay.
+            sinks: `float32[N]`, one more score of each head, or `None`.
 
         Returns:
             The output `[T, N, H]` and the collection to go on with.
@@ -294,7 +302,11 @@ def _check_strategy(fetch: Any, needed: KVCacheStrategy) -> None:
 
 @dataclass(frozen=True)
 class FetchPagedKVCacheCollection:
-    """`(pages, cache_lengths int32[S], page_table int32[S, M]) -> PagedKVCacheCollection`."""
+    """`(pages, cache_lengths int32[S], page_table int32[S, M]) -> PagedKVCacheCollection`.
+
+    Raises:
+        ValueError: `kv_params` has another `cache_strategy`.
+    """
 
     kv_params: KVCacheParams
 
@@ -317,6 +329,9 @@ class FetchContinuousBatchingKVCacheCollection:
     """As its paged twin, but of `page_table` only column 0 is read: the first page of the sequence's slot.
 
     A slot is `ceil(max_seq_len / page_size)` consecutive pages; slot `i` usually begins at page `i` times that.
+
+    Raises:
+        ValueError: `kv_params` has another `cache_strategy`.
     """
 
     kv_params: KVCacheParams

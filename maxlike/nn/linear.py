@@ -223,11 +223,21 @@ class Linear(Module):
 class ColumnParallelLinear(Linear):
     """`y = x @ weight.T + bias`, the output dimension sharded: `[T, in_dim] -> [T, out_dim]`.
 
+    `weight` is `[out_dim, in_dim]`, as checkpoints store it; products accumulate in float32.
+
     Args:
+        dtype: of the parameters; the output has that of the input.
+        devices: a mesh, or devices from which `make_mesh` makes one.
+        rngs: for the initial weight (LeCun normal).
+        has_bias: a parameter `bias`, `[out_dim]`, that begins at zero.
         out_axis: logical axis of the output (`ShardingRules`): `"mlp"`, `"heads"`, `"kv_heads"` or `"vocab"`.
         gather_output: replicate the output. Then `out_dim` need not be divisible: rows are padded inside, and
             the padding is cut off again (logits over an odd vocabulary).
         tied_weight: an embedding's weight, shared instead of creating one.
+        rules: which mesh axes `out_axis` is cut over.
+
+    Raises:
+        ValueError: the mesh does not divide `out_dim`, or `tied_weight` has another shape.
     """
 
     def __init__(self, in_dim: int, out_dim: int, dtype: DTypeLike, devices: Devices, *, rngs: nnx.Rngs,
@@ -267,9 +277,19 @@ class ColumnParallelLinear(Linear):
 class RowParallelLinear(Linear):
     """`y = sum over devices of x_shard @ weight_shard.T, + bias`: `[T, in_dim] -> [T, out_dim]`, whole on each.
 
+    `weight` is `[out_dim, in_dim]`, as checkpoints store it; products accumulate in float32.
+
     Args:
+        dtype: of the parameters; the output has that of the input.
+        devices: a mesh, or devices from which `make_mesh` makes one.
+        rngs: for the initial weight (LeCun normal).
+        has_bias: a parameter `bias`, `[out_dim]`, that begins at zero and is added once, after the sum.
         in_axis: logical axis of the input: `"mlp"` or `"heads"`.
         distributed_gemm_config: how the sum is done; `DistributedTransformerBlock` sets it on its layers.
+        rules: which mesh axes `in_axis` is cut over.
+
+    Raises:
+        ValueError: the mesh does not divide `in_dim`.
     """
 
     def __init__(self, in_dim: int, out_dim: int, dtype: DTypeLike, devices: Devices, *, rngs: nnx.Rngs,

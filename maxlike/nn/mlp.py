@@ -28,6 +28,18 @@ class MLP(Module):
     """`down(act(gate(x)) * up(x))` (Shazeer 2020, https://arxiv.org/abs/2002.05202): `[T, D] -> [T, D]`.
 
     Gate and up are column-parallel, down is row-parallel: one all-reduce.
+
+    Args:
+        hidden_dim, feed_forward_length: D and F.
+        dtype: of the parameters; the output has that of the input.
+        devices: a mesh, or devices from which `make_mesh` makes one.
+        rngs: for the initial weights (LeCun normal).
+        activation: a name in `ACTIVATIONS`.
+        has_bias: on all three products.
+        rules: which mesh axes F is cut over.
+
+    Raises:
+        ValueError: the activation is unknown, or the mesh does not divide F.
     """
 
     def __init__(self, hidden_dim: int, feed_forward_length: int, dtype: DTypeLike, devices: Devices, *,

@@ -25,7 +25,9 @@ class Module(nnx.Module):
 
 
 def on_mesh_of(array: jax.Array, *spec: Any) -> NamedSharding:
-    """The sharding `P(*spec)` on the mesh that `array` lies on: layers need no mesh in context."""
+    """The sharding `P(*spec)`, an entry for each dimension, on the mesh that `array`, of any shape, lies on: layers
+    need no mesh in context.
+    """
     return NamedSharding(jax.typeof(array).sharding.mesh, P(*spec))
 
 
@@ -35,7 +37,9 @@ def rows_of(array: jax.Array) -> Any:
 
 
 def gathered(weight: jax.Array, *spec: Any) -> jax.Array:
-    """`weight` sharded as `P(*spec)`, in which the axes that only its storage is cut over (`"fsdp"`) are missing."""
+    """`weight`, `[out, in]`, sharded as `P(*spec)`, in which the axes that only its storage is cut over (`"fsdp"`) are
+    missing.
+    """
     sharding = on_mesh_of(weight, *spec)
     return weight if jax.typeof(weight).sharding == sharding else jax.reshard(weight, sharding)
 
@@ -49,6 +53,9 @@ def create_param(init: Initializer, rngs: nnx.Rngs | jax.Array, shape: tuple[int
     Args:
         init: called with `(key, shape, dtype)`, as in `jax.nn.initializers`.
         rngs: where the key comes from, or the key itself.
+        shape: as it is stored, padding included.
+        dtype: of the parameter.
+        sharding: of the parameter; `ShardingRules.sharding` makes it of logical axes.
         logical_shape: the shape in checkpoints, when `shape` is padded; what lies outside it is zero.
     """
     logical_shape = logical_shape or shape

@@ -22,6 +22,13 @@ class RMSNorm(Module):
 
     Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467. Gemma stores its weights around zero:
     `weight_offset=1.0`.
+
+    Args:
+        dim: of the last dimension; `weight` is `[dim]`, whole on each device.
+        dtype: of `weight`.
+        devices: a mesh, or devices from which `make_mesh` makes one.
+        rngs: as other layers have it; the weight begins at `1 - weight_offset`.
+        rules: as other layers have it.
     """
 
     def __init__(self, dim: int, dtype: DTypeLike, devices: Devices, *, rngs: nnx.Rngs, eps: float = 1e-6,
@@ -47,23 +54,23 @@ class OutputNorm(Module):
         self.layer, self.norm = layer, norm
 
     def __call__(self, x: jax.Array, *args: Any) -> Any:
-        """`norm(layer(x, ...))`."""
+        """`norm(layer(x, ...))`: `[T, D] -> [T, D]`; of a tuple, its first element is normed."""
         y = self.layer(x, *args)
         return (self.norm(y[0]), *y[1:]) if isinstance(y, tuple) else self.norm(y)
 
 
 class SoftCap(Module):
-    """`cap * tanh(layer(x) / cap)`, in float32."""
+    """`cap * tanh(layer(x) / cap)`, in float32: Gemma's soft cap of the logits, around the head `layer`."""
 
     def __init__(self, layer: Any, cap: float):
         self.layer, self.cap = layer, cap
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """As `layer`, capped."""
+        """`[T, D] -> [T, V]`, float32."""
         return self._capped(self.layer(x))
 
     def ungathered(self, x: jax.Array) -> jax.Array:
-        """As the layer's `ungathered`, capped."""
+        """As the layer's `ungathered`, `[T, D] -> [T, rows]`, capped."""
         return self._capped(self.layer.ungathered(x))
 
     def _capped(self, y: jax.Array) -> jax.Array:

@@ -16,20 +16,23 @@ import numpy as np
 
 @dataclass(frozen=True)
 class LinearScaling:
-    """Position interpolation, every frequency divided by `factor` (Chen et al. 2023, arXiv 2306.15595)."""
+    """Position interpolation, every frequency divided by `factor` (Chen et al. 2023, https://arxiv.org/abs/2306.15595)."""
 
     factor: float
 
     attention_factor = 1.0
 
     def scale(self, inv_freq: np.ndarray, theta: float) -> np.ndarray:
-        """`float32[rotary_dim / 2]` radians a position, scaled."""
+        """`inv_freq`, `float32[rotary_dim / 2]` radians a position at base `theta`, scaled."""
         return inv_freq / np.float32(self.factor)
 
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3.1's: long wavelengths divided by `factor`, short ones kept, a ramp between (arXiv 2407.21783)."""
+    """Llama 3.1's: long wavelengths divided by `factor`, short ones kept, a ramp between.
+
+    Grattafiori et al. 2024, https://arxiv.org/abs/2407.21783; fields as in the `rope_scaling` of a `config.json`.
+    """
 
     factor: float
     low_freq_factor: float
@@ -39,7 +42,7 @@ class Llama3Scaling:
     attention_factor = 1.0
 
     def scale(self, inv_freq: np.ndarray, theta: float) -> np.ndarray:
-        """`float32[rotary_dim / 2]` radians a position, scaled."""
+        """`inv_freq`, `float32[rotary_dim / 2]` radians a position at base `theta`, scaled."""
         turns = self.original_max_position_embeddings * inv_freq / (2 * math.pi)  # over the original context
         kept = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
         return (inv_freq * (kept + (1 - kept) / self.factor)).astype(np.float32)
@@ -47,7 +50,7 @@ class Llama3Scaling:
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """YaRN (Peng et al. 2023, arXiv 2309.00071): interpolation by wavelength, and warmer attention.
+    """YaRN (Peng et al. 2023, https://arxiv.org/abs/2309.00071): interpolation by wavelength, and warmer attention.
 
     `attention_factor` multiplies cos and sin; `None` takes the paper's `0.1 ln(factor) + 1`, or with `mscale`
     and `mscale_all_dim` DeepSeek's ratio of two such terms. `truncate` rounds the ramp's ends to whole dimensions.
@@ -75,7 +78,7 @@ class YarnScaling:
         return term(1.0)
 
     def scale(self, inv_freq: np.ndarray, theta: float) -> np.ndarray:
-        """`float32[rotary_dim / 2]` radians a position, scaled."""
+        """`inv_freq`, `float32[rotary_dim / 2]` radians a position at base `theta`, scaled."""
         dim = 2 * len(inv_freq)
 
         def dimension_of(rotations: float) -> float:
@@ -97,7 +100,13 @@ RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
 
 @dataclass(frozen=True)
 class RotaryEmbedding:
-    """Angles for the first `rotary_dim` of `head_dim` dimensions (`None`: all); the rest pass unrotated."""
+    """Angles for the first `rotary_dim` of `head_dim` dimensions (`None`: all); the rest pass unrotated.
+
+    Dimension pair i turns by `theta ** (-2 i / rotary_dim)` radians a position, before `scaling`.
+
+    Raises:
+        ValueError: `rotary_dim` is odd, or not between 2 and `head_dim`.
+    """
 
     head_dim: int
     theta: float = 10000.0
@@ -124,7 +133,11 @@ class RotaryEmbedding:
 
 
 def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates `x` `[T, heads, head_dim]` by angles `[T, rotary_dim / 2]`, in float32; returns `x.dtype`."""
+    """Rotates heads by a step's angles, in float32: `[T, heads, head_dim] -> [T, heads, head_dim]` in `x.dtype`.
+
+    Args:
+        cos, sin: `float32[T, rotary_dim / 2]`, what `RotaryEmbedding` gives for the tokens' positions.
+    """
     half = cos.shape[-1]
     cos, sin = cos[:, None, :], sin[:, None, :]
     h = x.astype(jnp.float32)

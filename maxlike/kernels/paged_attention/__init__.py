@@ -1,4 +1,10 @@
-"""Attention of a ragged batch over a paged KV cache, the step's own K and V written on the way."""
+"""Attention of a ragged batch over a paged KV cache, the step's own K and V written on the way.
+
+`maxlike.kernels.paged_attention.api` has the contract and the choice; behind it stand
+`maxlike.kernels.paged_attention.xla`, `maxlike.kernels.paged_attention.mosaic_tpu` and
+`maxlike.kernels.paged_attention.mosaic_gpu`. `maxlike.kernels.paged_attention.cases` and
+`maxlike.kernels.paged_attention.reference` test them all.
+"""
 
 from typing import Any
 

@@ -42,7 +42,18 @@ class Implementation(Protocol):
         sliding_window: int | None,
         soft_cap: float | None,
     ) -> tuple[jax.Array, jax.Array]:
-        """The arguments of `ragged_paged_attention`, already checked: int32[] first_page, float32 sinks and scales."""
+        """The arguments of `ragged_paged_attention` on one device, already checked.
+
+        T, S, M, N, K, H as there, N and K being this device's heads: q `[T, N, H]`, k and v `[T, K, H]`, pages
+        `[pages, K, page_size, 2 * H]` (perhaps padded), cache_lengths `int32[S]`, page_table `int32[S, M]`, row_offsets
+        `int32[S + 1]`, first_page `int32[]`, sinks `float32[N]`, k_scale and v_scale `float32[K]`.
+
+        Returns:
+            The output `[T, N, H]`, and the pages with k and v in them.
+
+        Raises:
+            ValueError: this implementation cannot do it.
+        """
 
 
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")

@@ -101,7 +101,7 @@ class MosaicGpu:
         sliding_window: int | None,
         soft_cap: float | None,
     ) -> tuple[jax.Array, jax.Array]:
-        """See `maxlike.kernels.paged_attention.ragged_paged_attention`."""
+        """As `maxlike.kernels.paged_attention.api.Implementation` says, which has the shapes."""
         _check(q, pages)
         T, N, _ = q.shape
         S, K = cache_lengths.shape[0], pages.shape[1]

@@ -77,7 +77,7 @@ class MosaicTpu:
         sliding_window: int | None,
         soft_cap: float | None,
     ) -> tuple[jax.Array, jax.Array]:
-        """See `maxlike.kernels.paged_attention.ragged_paged_attention`.
+        """As `maxlike.kernels.paged_attention.api.Implementation` says, which has the shapes.
 
         Raises:
           ValueError: a head width, page size, dtype or page table that the kernel cannot do, or blocks that the
@@ -96,6 +96,9 @@ class MosaicTpu:
         """As a call, and a third result: None, or with `count_bytes` what the DMAs of pages moved as they started.
 
         That is int32[2], read and written, in units of 512 bytes, lane padding counted.
+
+        Raises:
+            ValueError: the program is for another platform, or the kernel cannot do these shapes.
         """
         target = _target()
         if not self.interpret and target is None:

@@ -44,7 +44,7 @@ class Xla:
         sliding_window: int | None,
         soft_cap: float | None,
     ) -> tuple[jax.Array, jax.Array]:
-        """See `maxlike.kernels.paged_attention.ragged_paged_attention`."""
+        """As `maxlike.kernels.paged_attention.api.Implementation` says, which has the shapes."""
         kv = jnp.concatenate([quantise(k, k_scale, pages.dtype), quantise(v, v_scale, pages.dtype)], axis=-1)
         pages = write(kv, pages, cache_lengths, page_table, row_offsets, first_page)
         options = dict(scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)

@@ -43,7 +43,7 @@ def blockwise_attention(
     soft_cap: float | None,
     sinks: jax.Array | None = None,
 ) -> jax.Array:
-    """`ragged_attention` on one device; the arguments are documented there."""
+    """`ragged_attention` on one device: q `[T, N, H]`, k and v `[T, K, H]`, and all else as there."""
     position = jnp.arange(len(q), dtype=jnp.int32)
     row = jnp.searchsorted(row_offsets, position, side="right") - 1
     first_visible = row_offsets[row].astype(jnp.int32)

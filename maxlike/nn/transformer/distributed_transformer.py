@@ -49,7 +49,7 @@ class ShardableCallable(Protocol):
     """A layer that works on one array and can say how its parameters are sharded."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The layer applied to `x`."""
+        """The layer applied to `x`: for those of a block, `[T, D] -> [T, D]`."""
         ...
 
     def partition_specs(self) -> dict[str, P]:
@@ -83,6 +83,9 @@ class DistributedTransformerBlock(Module):
         mlp, attention_norm, mlp_norm: `[T, D] -> [T, D]`.
         devices: the mesh that the parts were built on, or its devices.
         distributed_gemm_config: given, it is set on every row-parallel layer in the block.
+
+    Raises:
+        ValueError: the parts do not lie on the mesh of `devices`.
     """
 
     def __init__(self, attention: Any, mlp: Any, attention_norm: Any, mlp_norm: Any, devices: Devices,
@@ -97,7 +100,7 @@ class DistributedTransformerBlock(Module):
 
     def __call__(self, x: jax.Array, layer_index: jax.Array | int, kv_collection: PagedKVCacheCollection | None,
                  metadata: AttentionMetadata) -> tuple[jax.Array, PagedKVCacheCollection | None]:
-        """`[T, D] -> [T, D]`, and the cache with this layer's new keys and values in it."""
+        """`[T, D] -> [T, D]`, and the cache with this layer's new keys and values in it; arguments as attention's."""
         y, kv_collection = self.attention(self.attention_norm(x), layer_index, kv_collection, metadata)
         h = x + y
         return h + self.mlp(self.mlp_norm(h)), kv_collection
@@ -178,7 +181,7 @@ class DistributedTransformer(Module):
     def hidden_states(self, tokens: jax.Array | np.ndarray, kv_cache_inputs: tuple[Any, Any, Any] | None,
                       input_row_offsets: jax.Array | np.ndarray,
                       remat: CheckpointPolicy | None = None) -> tuple[jax.Array, jax.Array | None]:
-        """As a call, but stops before the head: `([T, D] after the final norm, kv_pages)`.
+        """As a call, but stops before the head: `([T, D] after the final norm, kv_pages)`; raises as a call does.
 
         Without a cache the tokens may be sharded over R devices (`ShardingRules.tokens`), no sequence lying on two of
         them; `input_row_offsets` is then `int32[R, S + 1]`, sharded likewise, and counts from each shard's first.
