@@ -4,15 +4,19 @@ A block that cannot be run here has a comment such as `<!-- not run: needs the n
 it; the reasons that count are those in REASONS. The blocks share one copy and run in order, as for a reader.
 """
 
+import argparse
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from maxlike import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -87,6 +91,25 @@ z
         Block(14, "", "z\n", None),
     ]
     assert not REASONS.match("") and not REASONS.match("too slow") and REASONS.match("needs a GPU with 80 GB")
+
+
+def options_of(parser: argparse.ArgumentParser, command: str) -> Iterator[tuple[str, str]]:
+    """(command, option) of each option of a command and of those below it; `--no-x` is left to `--x`."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                yield from options_of(below, f"{command} {name}")
+        elif action.help != argparse.SUPPRESS:
+            yield from ((command, option) for option in action.option_strings[:1])
+
+
+def test_every_option_is_told() -> None:
+    readme = README.read_text()
+    options = {(command, option) for command, option in options_of(cli._parser(), "maxlike")
+               if option not in ("-h", "--help", "--version")}
+    assert ("maxlike serve", "--page-size") in options and len(options) > 100
+    untold = {entry for entry in options if not re.search(re.escape(entry[1]) + r"(?![\w-])", readme)}
+    assert not untold
 
 
 @pytest.fixture(scope="module")

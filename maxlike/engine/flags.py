@@ -115,7 +115,11 @@ def devices_present() -> list[jax.Device]:
 
 
 def memory_size(text: str) -> int:
-    """Bytes, from a number with K, M or G (of 1024) behind it or nothing: the `type` of an argument."""
+    """Bytes, from a number with K, M or G (of 1024) behind it or nothing: the `type` of an argument.
+
+    Raises:
+        ArgumentTypeError: it is no such number; `argparse` makes a message of it.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)(?:i?B)?", text.strip())
     if match is None:
         raise argparse.ArgumentTypeError(f"a size is expected, in bytes or as 512M or 4G; got {text!r}")

@@ -32,7 +32,7 @@ def on_mesh_of(array: jax.Array, *spec: Any) -> NamedSharding:
 
 
 def rows_of(array: jax.Array) -> Any:
-    """The mesh axes, an entry of a spec, that an array's first dimension lies on: T, of activations."""
+    """The mesh axes, an entry of a spec, that the first dimension of an array lies on: T, of activations `[T, ...]`."""
     return (*jax.typeof(array).sharding.spec, None)[0]
 
 

@@ -39,7 +39,7 @@ async def detokenize(service: Service, request: Request) -> Response:
 
 
 async def tokenizer_info(service: Service, request: Request) -> Response:
-    """The special tokens and the chat template."""
+    """The special tokens and the chat template; an `ApiError` (404) without a tokenizer."""
     tokenizer = service.engine.tokenizer
     if tokenizer is None:
         raise ApiError(404, "The model has no tokenizer.")
