@@ -41,7 +41,8 @@ def build(folder: Path) -> None:
     for package in [module for name, module in sys.modules.items() if name.split(".")[0] == "maxlike"]:
         # Names that a package imports only when they are asked for pdoc would not see.
         vars(package).update({name: getattr(package, name) for name in getattr(package, "__all__", ())})
-    pdoc.render.configure(docformat="google", footer_text="maxlike", show_source=False)
+    pdoc.render.configure(docformat="google", footer_text="maxlike", show_source=False,
+                          template_directory=ROOT / "scripts" / "docs_templates")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # the category of its own
         pdoc.pdoc(*specs, output_directory=folder)

@@ -19,6 +19,13 @@ class VocabParallelEmbedding(Module):
     The table is padded to a multiple of the shards; no id reaches the padding. `scale` multiplies the rows,
     rounded to `dtype` first (Gemma's `sqrt(hidden_dim)`). Ids outside the vocabulary are clipped into it here,
     where nothing can be raised; `DistributedTransformer` refuses them when it is given numbers to look at.
+
+    Args:
+        vocab_size, hidden_dim: V and D.
+        dtype: of the table and the rows.
+        devices: a mesh, or devices from which `make_mesh` makes one.
+        rngs: for the initial table (normal, 0.02).
+        rules: which mesh axes the vocabulary is cut over.
     """
 
     def __init__(self, vocab_size: int, hidden_dim: int, dtype: DTypeLike, devices: Devices, *, rngs: nnx.Rngs,

@@ -167,9 +167,11 @@ def add_lora(model: DistributedTransformer, config: LoraConfig, rngs: nnx.Rngs, 
 
 def choose_layers(model: DistributedTransformer, config: LoraConfig, *, naming: Naming | None = None,
                   lenient: bool = False) -> list[tuple[NamedLinear, tuple[int, LoraScaling]]]:
-    """The layers that `config` names, with rank and scaling; arguments and errors as `add_lora`.
+    """The layers that `config` names, with rank and scaling; raises what `add_lora` raises.
 
-    `lenient`: of several names in `target_modules` some may fit no layer.
+    Args:
+        model, config, naming: as `add_lora` has them.
+        lenient: of several names in `target_modules` some may fit no layer.
     """
     linears = linear_layers(model)
     known = {name: (name, *naming(name)) if naming else (name,) for linear in linears for name in linear.names}
@@ -230,7 +232,9 @@ def adapter_shapes(linear: NamedLinear, rank: int, dtype: DTypeLike,
 
 
 def attach(layer: Linear, scaling: LoraScaling, lora_a: nnx.Param, lora_b: nnx.Param) -> None:
-    """Gives a layer an adapter."""
+    """Gives a layer an adapter: `lora_a` `[rank, in]` and `lora_b` `[out, rank]`, whose product `scaling` is for. A
+    stack's have a dimension of layers before these.
+    """
     layer.lora_a, layer.lora_b, layer.lora_scaling = lora_a, lora_b, scaling
 
 

@@ -194,7 +194,11 @@ class PackedDataset:
         return self.measure(progress=progress).batches
 
     def measure(self, *, progress: bool = False) -> Summary:
-        """The summary of the whole stream, as `count_batches` goes through it."""
+        """The summary of the whole stream, as `count_batches` goes through it.
+
+        Raises:
+            ValueError: `epochs` is `None`, so that there is no end.
+        """
         if self._reading.endless:
             raise ValueError("epochs is None: the batches never end, and cannot be counted")
         stream = BatchStream(self._reading, self.shape, self._own, None)
@@ -220,6 +224,8 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer, *, own_shards: Sequen
     """(what to train on, what to validate on or None), the latter in the files' order and without repeating.
 
     Args:
+        config: which files, and how they become batches.
+        tokenizer: of the model that is trained.
         own_shards: the shards of each batch whose tokens lie on devices of this process; None for all. Batches have
             those alone, in this order.
         progress: show bars for what takes long.

@@ -79,7 +79,8 @@ def train(config: TrainConfig, *, version: str) -> Summary:
     run after the step that is under way and a checkpoint.
 
     Args:
-        version: of this program, noted in checkpoints.
+        config: all that a run is told; `maxlike.train.settings.build` makes it of nested dicts, such as a YAML file's.
+        version: of this program (maxlike.__version__), noted in checkpoints.
 
     Raises:
         ValueError: something does not fit or cannot be read, a checkpoint could not be written, or the loss is no

@@ -76,7 +76,11 @@ def cross_entropy(model: DistributedTransformer, hidden: jax.Array, targets: jax
 
 def token_logprobs(model: DistributedTransformer, hidden: jax.Array, targets: jax.Array, *,
                    chunk: int | None = None) -> jax.Array:
-    """`log p(target)` of each token, `float32[T]`; arguments, derivative and errors as `cross_entropy`'s."""
+    """`log p(target)` of each token, `float32[T]`; derivative and errors as `cross_entropy`'s.
+
+    Args:
+        model, hidden, targets, chunk: as `cross_entropy` has them.
+    """
     head, leaves = _head(model, hidden, targets, chunk)
     return _logprobs(head, leaves, hidden, targets)
 

@@ -44,6 +44,11 @@ def flops_per_token(config: TransformerConfig, sequence_length: float, *, base_i
 
     Two for each weight that multiplies, and four on the way back (PaLM, https://arxiv.org/abs/2204.02311, appendix B),
     of which the two of a weight's own gradient fall away where it is frozen; attention sees half of its sequence.
+
+    Args:
+        config: the model.
+        sequence_length: tokens of a sequence, on average.
+        base_is_trained: no adapter alone.
     """
     head_dim, D = config.head_dim, config.hidden_size
     q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim

@@ -22,7 +22,13 @@ class Objective(Protocol):
     """Hashable, and pure."""
 
     def __call__(self, model: DistributedTransformer, batch: Any, remat: CheckpointPolicy | None) -> Sums:
-        """The sums over one (micro-)batch; `remat` is for `model.hidden_states`."""
+        """The sums over one (micro-)batch, float32 scalars by name, `loss` and `weight` among them.
+
+        Args:
+            model: in the step's dtype.
+            batch: what the objective is for, on the mesh.
+            remat: what is kept for the backward pass, for `model.hidden_states`.
+        """
         ...
 
 
@@ -47,7 +53,14 @@ class SupervisedObjective:
 
 def sequence_logprobs(model: DistributedTransformer, batch: Batch, remat: CheckpointPolicy | None = None, *,
                       chunk: int | None = None) -> jax.Array:
-    """Of each sequence the weighted sum of its targets' log-probabilities: `float32[R, S]`, sharded over R."""
+    """Of each sequence the weighted sum of its targets' log-probabilities: `float32[R, S]`, sharded over R.
+
+    Args:
+        model: whose probabilities they are.
+        batch: on the model's mesh.
+        remat: as `DistributedTransformer.hidden_states` has it.
+        chunk: as `token_logprobs` has it.
+    """
     hidden, _ = model.hidden_states(batch.tokens, None, batch.row_offsets, remat)
     logprobs = jnp.asarray(batch.weights) * token_logprobs(model, hidden, jnp.asarray(batch.targets), chunk=chunk)
     shards = batch.row_offsets.shape[0]

@@ -70,7 +70,13 @@ class Optimizer:
     schedule: Callable[[Any], jax.Array]
 
     def update(self, gradients: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
-        """`(updates, opt_state)`, the updates sharded as the parameters; to be called inside `jax.jit`."""
+        """`(updates, opt_state)`, to be called inside `jax.jit`.
+
+        Args:
+            gradients, params: trees of one structure, float32, sharded alike; so are the updates, which `schedule`'s
+                rate is still to multiply.
+            opt_state: `transform.init(params)`, or what the step before returned.
+        """
         # optax knows nothing of Explicit axes: what sharding its intermediate values have is left to XLA (muon
         # multiplies matrices along axes that are cut), that of its results is said here.
         results = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (params, opt_state))

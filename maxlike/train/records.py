@@ -165,7 +165,12 @@ class Records:
 
 
 class Selection:
-    """Some of the records, by number."""
+    """Some of the records, by number.
+
+    Args:
+        records: all of them.
+        numbers: `int64[n]`, those meant, in this order.
+    """
 
     def __init__(self, records: Records, numbers: np.ndarray):
         self._records = records

@@ -96,6 +96,8 @@ def init_state(model: DistributedTransformer, optimizer: Optimizer,
     abstract model (`nnx.eval_shape`) the state is abstract, shapes and shardings alone.
 
     Args:
+        model: on the mesh that is trained on.
+        optimizer: see `make_optimizer`.
         trainable: whether a parameter, by its name (`layers.3.attention.q_proj.weight`), is trained; `None`: all are.
 
     Raises:
@@ -160,13 +162,22 @@ class TrainStep:
         return replace(state, step=step, params=params, opt_state=opt_state), metrics
 
     def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
-        """The step lowered for arguments that may be abstract: `.compile()` tells memory and schedule."""
+        """The step lowered for arguments, as a call has them, that may be abstract: `.compile()` tells memory and
+        schedule.
+        """
         return self._jitted.lower((state.step, state.params, state.opt_state), state.frozen, batch)
 
 
 def make_train_step(model: DistributedTransformer, optimizer: Optimizer, config: StepConfig = StepConfig(),
                     objective: Objective = _SUPERVISED) -> TrainStep:
-    """The step for a model whose state `init_state` made; `model` may be abstract, or its arrays gone."""
+    """The step for a model whose state `init_state` made.
+
+    Args:
+        model: may be abstract, or its arrays gone: its structure alone is used.
+        optimizer: the one that the state was made with.
+        config: dtype, rematerialisation and accumulation.
+        objective: what is minimised: `SupervisedObjective`, `PreferenceObjective` or one of yours.
+    """
     return TrainStep(model, optimizer, config, objective)
 
 

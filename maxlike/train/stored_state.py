@@ -79,7 +79,9 @@ def _leaves(state: Any, layout: Mapping[Path, StoredParameter]) -> Iterator[_Lea
 
 
 def stored_arrays(state: Any, layout: Mapping[Path, StoredParameter]) -> dict[str, jax.Array | np.ndarray]:
-    """The arrays of a checkpoint of `state`, by name. Those that are not simply the state's own are in host memory."""
+    """The arrays of a checkpoint of `state`, by name, in the shapes that `layout` gives: per layer, without padding.
+    Those that are not simply the state's own are in host memory.
+    """
     arrays: dict[str, jax.Array | np.ndarray] = {}
     for leaf in _leaves(state, layout):
         for i, name in enumerate(leaf.names):
