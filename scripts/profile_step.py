@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,12 @@ def engine_step(args: argparse.Namespace, config: Any) -> tuple[Step, dict[str, 
     n_new, n_cached = (1, args.length) if args.phase == "decode" else (args.length, 0)
     sizes = EngineConfig(max_num_seqs=n, max_num_batched_tokens=n * n_new, max_model_len=args.length + 1).for_model(
         config, mesh_platform(mesh))
-    kv = default_kv_params(config, mesh, compute_dtype(config, args.dtype))
-    changes = {"page_size": sizes.page_size} | {name: value for name, value in (
-        ("dtype", args.kv_cache_dtype), ("implementation", args.attention and implementation_named(args.attention)),
-    ) if value}
-    model = build_model(config, devices=mesh, dtype=args.dtype, use_subgraphs=args.scan,
-                        kv_params=type(kv)(**{name: getattr(kv, name) for name in kv.__dataclass_fields__} | changes))
+    kv = replace(default_kv_params(config, mesh, compute_dtype(config, args.dtype)), page_size=sizes.page_size)
+    if args.kv_cache_dtype is not None:
+        kv = replace(kv, dtype=args.kv_cache_dtype)
+    if args.attention is not None:
+        kv = replace(kv, implementation=implementation_named(args.attention))
+    model = build_model(config, devices=mesh, dtype=args.dtype, use_subgraphs=args.scan, kv_params=kv)
     runner = ModelRunner(model, sizes)
     runner.allocate(n * runner.pages_per_sequence)
 

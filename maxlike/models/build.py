@@ -48,7 +48,9 @@ def mesh_for(config: TransformerConfig, devices: Devices | None = None) -> Mesh:
 
 def default_kv_params(config: TransformerConfig, mesh: Mesh, dtype: DTypeLike,
                       rules: ShardingRules = ShardingRules()) -> KVCacheParams:
-    """A paged cache in `dtype`; in float32 on CPU, where jax 0.10 widens a whole bfloat16 cache at each write."""
+    """A paged cache for a model's layers and KV heads, in `dtype`; in float32 on CPU, where jax 0.10 widens a whole
+    bfloat16 cache at each write. `rules` are those that the model is built with.
+    """
     return KVCacheParams(jnp.float32 if mesh_platform(mesh) == "cpu" else dtype, config.num_key_value_heads,
                          config.head_dim, len(config.layers), rules=rules)
 
@@ -65,7 +67,10 @@ def build_model(config: TransformerConfig, *, devices: Devices | None = None, dt
         dtype: of parameters and activations: float32 or bfloat16; `None` is the config's.
         use_subgraphs: scan groups of like layers; `None`: yes, but on CPU, where XLA would copy each layer's
             weights out of the stack. Random layers are held twice while they are stacked; `load` reads into stacks.
+        return_logits: which rows of logits a call returns.
         kv_params: the cache's measures; `None` is `default_kv_params`.
+        distributed_gemm_config: how row-parallel products are summed over the devices; `None` leaves it to XLA.
+        rules: which mesh axes logical axes lie on.
         rngs: for the parameters; `None` is `nnx.Rngs(0)`.
 
     Raises:

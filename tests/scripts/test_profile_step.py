@@ -40,9 +40,11 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
                  marks=pytest.mark.slow),
 ])
 def test_profile(phase: str, names: set[str], files: set[str], tmp_path: Path) -> None:
+    config = json.loads((ROOT / "maxlike" / "embedded" / "config.json").read_text()) | {"num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     # As users have it: one device, and programs that are optimised, whose products then take their share.
-    done = run(phase, "--sequences", "2", "--length", "64", "--steps", "2", "--tp", "1", "--json", "--output",
-               str(tmp_path / "a folder"), XLA_FLAGS="")
+    done = run(phase, "--model", str(tmp_path), "--sequences", "2", "--length", "64", "--steps", "2", "--json",
+               "--output", str(tmp_path / "a folder"), XLA_FLAGS="")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     rows = figures["operations"]
@@ -60,12 +62,11 @@ def test_profile(phase: str, names: set[str], files: set[str], tmp_path: Path) -
         if row["kind"] == "fusion (dot)" and match[1] == "nn/linear.py" and not row["where"].startswith("near"):
             line = (ROOT / "maxlike" / match[1]).read_text().splitlines()[int(match[2]) - 1]
             assert re.search("einsum|dot_general|matmul", line), (row, line)
-    # Every product of every layer ran in each of the two steps: of five layers, q, k and v are rows alike.
-    if phase == "decode":
+    if phase == "decode":  # the head's product ran once in each of the two steps
         (products,) = [row for row in rows if row["program"] == "greedy" and "dot" in row["kind"]]
         assert products["calls"] == 2 and "ColumnParallelLinear" in products["where"]
-    # 0 < busy: an operation cannot run for longer than the steps, on each of the threads.
-    assert 0 < total < figures["step_ms"] * figures["steps"] * (os.cpu_count() or 1)
+    # No thread can be busy for longer than the steps took; of threads there may be some more than cores.
+    assert 0 < total < figures["step_ms"] * figures["steps"] * 2 * (os.cpu_count() or 1)
 
     folder = Path(figures["trace"])
     (trace,) = folder.glob("*.xplane.pb")
