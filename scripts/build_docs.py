@@ -19,14 +19,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def module_specs() -> list[str]:
-    """What pdoc is to be told for pages of all modules: it finds those below a package by itself, but not where the
-    package has an `__all__`, which names what is to be imported and no modules.
+    """What pdoc is to be told for pages of all modules: it finds those below a package by itself, but of one that has
+    an `__all__` only those whose names stand there.
     """
     import maxlike
 
-    modules = pkgutil.walk_packages(maxlike.__path__, "maxlike.")
-    public = [info.name for info in modules if not any(part.startswith("_") for part in info.name.split("."))]
-    return ["maxlike", *(name for name in public if hasattr(sys.modules[name.rpartition(".")[0]], "__all__"))]
+    found = ["maxlike"]
+    for info in pkgutil.walk_packages(maxlike.__path__, "maxlike."):
+        package, _, name = info.name.rpartition(".")
+        private = any(part.startswith("_") for part in info.name.split("."))
+        if not private and name not in getattr(sys.modules[package], "__all__", [name]):
+            found.append(info.name)
+    return found
 
 
 def build(folder: Path) -> None:
