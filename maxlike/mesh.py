@@ -18,7 +18,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 @dataclass(frozen=True)
 class DeviceRef:
-    """A device by kind and index, resolved only when it is needed: `DeviceRef.TPU(3)`."""
+    """A device by kind and index, resolved only when it is needed: `DeviceRef.TPU(3)`.
+
+    Args:
+        kind: `"cpu"`, `"gpu"` or `"tpu"`.
+        id: its place among JAX's devices of this kind, from 0.
+    """
 
     kind: Literal["cpu", "gpu", "tpu"]
     id: int = 0

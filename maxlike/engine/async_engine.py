@@ -96,7 +96,7 @@ class AsyncEngine:
 
         Args:
             model, config, options: as `LLM` has them.
-            max_queue: requests that may wait; `None`: any number.
+            max_queue: most requests that wait for a place; `None`: no limit.
 
         Raises:
             ValueError: as `LLM`.
@@ -145,7 +145,7 @@ class AsyncEngine:
         return self._engine.runner.compile_s
 
     def start(self) -> None:
-        """Starts the thread."""
+        """Starts the engine's thread: to be called once, before the first request."""
         assert self._thread is None, "started already"
         self._thread = threading.Thread(target=self._run, name="maxlike-engine", daemon=True)
         self._thread.start()

@@ -67,7 +67,15 @@ class Delta:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Seconds on the clock of `time.perf_counter`, and how many of the prompt's tokens were found in the cache."""
+    """When what happened, in seconds on the clock of `time.perf_counter`.
+
+    Args:
+        arrival: the request came.
+        first_scheduled: a step began to read its prompt; `None`: not yet, as for what follows.
+        first_token: its first token was there.
+        finished: its last continuation ended.
+        cached_tokens: how many of the prompt's tokens were found in the cache.
+    """
 
     arrival: float = 0.0
     first_scheduled: float | None = None
@@ -80,7 +88,14 @@ class RequestMetrics:
 class RequestOutput:
     """A prompt and its continuations.
 
-    `prompt_logprobs` has `None` for the first token, which nothing precedes.
+    Args:
+        request_id: a name of its own.
+        prompt: its text; `None` where token ids were given.
+        prompt_token_ids: as they were read.
+        outputs: the n continuations, in order.
+        prompt_logprobs: for each token of the prompt as `CompletionOutput.logprobs` has them, `None` for the first one,
+            which nothing precedes; `None` when not asked for.
+        metrics: when what happened.
     """
 
     request_id: str
@@ -98,7 +113,13 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class EmbeddingOutput:
-    """A prompt's embedding: its last token's hidden state behind the final norm, of length 1."""
+    """A prompt's embedding.
+
+    Args:
+        request_id: a name of its own.
+        prompt_token_ids: as they were read.
+        embedding: the last token's hidden state behind the final norm, D floats, of length 1.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
@@ -107,7 +128,13 @@ class EmbeddingOutput:
 
 @dataclass(slots=True)
 class ScoreOutput:
-    """How likely a text is: each token's log-probability given those before it (the first token's is `None`)."""
+    """How likely a text is.
+
+    Args:
+        request_id: a name of its own.
+        prompt_token_ids: as they were read.
+        logprobs: each token's log-probability (natural) given those before it; the first token's is `None`.
+    """
 
     request_id: str
     prompt_token_ids: list[int]

@@ -29,8 +29,13 @@ class TransformerConfig:
 
     Args:
         model_type: of the text model (`gemma3_text` for a `gemma3`); chooses the family when saving.
+        vocab_size, hidden_size, intermediate_size: V, D and F.
+        num_attention_heads, num_key_value_heads, head_dim: N, K and H.
         layers: one entry a layer.
         dtype: as the checkpoint states it: `"float32"`, `"bfloat16"`, `"float16"`.
+        hidden_act: a name in `maxlike.nn.mlp.ACTIVATIONS`.
+        rms_norm_eps: of all norms.
+        tie_word_embeddings: the head's weight is the embedding's.
         query_pre_attn_scalar: scores are scaled by its `-0.5`th power; `None`: by `head_dim`'s.
         attention_bias, attention_output_bias, mlp_bias: whether those products have one.
         qk_norm: an RMS norm over each query and key head.
@@ -39,6 +44,7 @@ class TransformerConfig:
         embedding_scale: what embedding rows are multiplied by; `None`: nothing.
         attn_logit_softcapping, final_logit_softcapping: `cap * tanh(x / cap)` on scores and logits; `None`: none.
         max_position_embeddings: longest sequence, in tokens.
+        bos_token_id: begins a text; `None`: there is none.
         eos_token_ids: any of these ends a text.
     """
 

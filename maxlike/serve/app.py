@@ -26,7 +26,11 @@ CLIENT_GONE = 499
 
 
 def make_app(service: Service) -> Starlette:
-    """The application."""
+    """The application (ASGI), with all endpoints of `maxlike.serve.endpoints`.
+
+    Args:
+        service: what the endpoints stand on; its engine is to be started by whoever runs the application.
+    """
     config = service.config
     middleware = [Middleware(_CountAnswers, metrics=service.metrics)]
     if config.cors_origins:

@@ -26,7 +26,7 @@ from maxlike.serve.tool_calls import ToolCallParser, schema_for
 
 
 async def chat_completions(service: Service, request: Request) -> Response:
-    """The endpoint; `ApiError`, which is raised where a request is refused, becomes its answer."""
+    """The endpoint `/v1/chat/completions`; an `ApiError` that it raises becomes its answer."""
     body = await read_body(request, ChatRequest, service.config)
     service.check_model(body.model)
     service.check_count(1, body.n or 1)

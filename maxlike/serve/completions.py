@@ -26,7 +26,7 @@ _DEFAULT_TOKENS = 16
 
 
 async def completions(service: Service, request: Request) -> Response:
-    """The endpoint."""
+    """The endpoint `/v1/completions`; an `ApiError` that it raises becomes its answer."""
     body = await read_body(request, CompletionRequest, service.config)
     service.check_model(body.model)
     if body.echo:

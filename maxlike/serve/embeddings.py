@@ -20,7 +20,7 @@ from maxlike.serve.service import Service
 
 
 async def embeddings(service: Service, request: Request) -> Response:
-    """The endpoint."""
+    """The endpoint `/v1/embeddings`; an `ApiError` that it raises becomes its answer."""
     body = await read_body(request, EmbeddingRequest, service.config)
     service.check_model(body.model)
     prompts = await service.token_ids(body.input)

@@ -19,7 +19,7 @@ Sums = dict[str, jax.Array]
 
 
 class Objective(Protocol):
-    """Hashable, and pure."""
+    """What a step minimises: a function of a model and a batch, pure, and hashable so that it can be compiled for."""
 
     def __call__(self, model: DistributedTransformer, batch: Any, remat: CheckpointPolicy | None) -> Sums:
         """The sums over one (micro-)batch, float32 scalars by name, `loss` and `weight` among them.
