@@ -94,6 +94,13 @@ def test_bad_input_takes_one_line() -> None:
     assert told.returncode == 0 and "{decode,prefill,train}" in told.stdout
 
 
+def test_the_readme_tells_every_option(scripts: tuple[ModuleType, ModuleType]) -> None:
+    profile_step, _ = scripts
+    told = (ROOT / "README.md").read_text().split("## What takes the time")[1].split("\n## ")[0]
+    options = {option for action in profile_step.parser()._actions for option in action.option_strings}
+    assert options - {"-h", "--help"} == {option for option in options if f"`{option}`" in told}
+
+
 def events(*events: tuple[int, int, int]) -> str:
     """As a text proto: metadata id, start and duration in picoseconds."""
     return " ".join(f"events {{ metadata_id: {i} offset_ps: {start} duration_ps: {duration} }}"
