@@ -51,7 +51,12 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
                 output.execution_count = None
 
 
-def _run(file: Path) -> None:
+def run(file: Path) -> None:
+    """Runs a notebook and stores it.
+
+    Raises:
+        ValueError: it names a folder of this machine, or has become too large.
+    """
     notebook = nbformat.read(file, as_version=4)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +65,7 @@ def _run(file: Path) -> None:
         tidy(notebook)
         text = nbformat.writes(notebook) + "\n"
         for private in (folder, tempfile.gettempdir(), str(ROOT), str(Path.home())):
-            if private in text:
+            if f"{private}/" in text or f"{private}\\n" in text:
                 raise ValueError(f"{file.name} names {private} in its outputs: have it print something else.")
     if len(text) > LARGEST:
         raise ValueError(f"{file.name} would have {len(text)} bytes; at most {LARGEST} are stored: draw less.")
@@ -73,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: all")
     for file in parser.parse_args().notebooks or sorted(NOTEBOOKS.glob("*.ipynb")):
-        _run(file)
+        run(file)
 
 
 if __name__ == "__main__":
