@@ -1,8 +1,8 @@
 """Runs the notebooks and stores them with what came out: `python scripts/run_notebooks.py [NOTEBOOK.ipynb ...]`.
 
-Without names all of notebooks/ are run. Each runs in a folder of its own, which is thrown away, and without a network
-where it needs none. What differs from run to run and says nothing to a reader is not stored: times, counts of
-execution, what goes to stderr (warnings, progress). A notebook that names a folder of this machine is refused.
+Without names all of notebooks/ are run. Each runs offline in a folder of its own, which is thrown away. What differs from
+run to run and says nothing to a reader is not stored: when and in which order cells ran, what goes to stderr (warnings,
+progress). A notebook that names a folder of this machine is refused.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, environment: Mapping[
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed; it has the traceback.
     """
+    errors_only = "--Application.log_level=40"  # of the kernel, which would warn of its local sockets
     client = NotebookClient(notebook, timeout=LONGEST, kernel_name="python3", record_timing=False,
-                            resources={"metadata": {"path": str(folder)}})
+                            extra_arguments=[errors_only], resources={"metadata": {"path": str(folder)}})
     client.execute(env=dict(environment))
 
 
@@ -65,11 +66,11 @@ def run(file: Path) -> None:
         tidy(notebook)
         text = nbformat.writes(notebook) + "\n"
         for private in (folder, tempfile.gettempdir(), str(ROOT), str(Path.home())):
-            if f"{private}/" in text or f"{private}\\n" in text:
+            if len(private) > 1 and (f"{private}/" in text or f"{private}\\n" in text):
                 raise ValueError(f"{file.name} names {private} in its outputs: have it print something else.")
     if len(text) > LARGEST:
         raise ValueError(f"{file.name} would have {len(text)} bytes; at most {LARGEST} are stored: draw less.")
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     print(f"{file.name}: {time.perf_counter() - start:.0f} s, {len(text) // 1000} kB")
 
 

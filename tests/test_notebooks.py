@@ -165,7 +165,7 @@ def test_build_a_transformer(run_notebooks: ModuleType, tmp_path: Path) -> None:
 def test_sharding_tour(run_notebooks: ModuleType, tmp_path: Path) -> None:
     values = run(
         run_notebooks, "03_sharding_tour", tmp_path, "layer_all_reduces", "counts", "bytes_held", "ring_error",
-        "abs(on_mesh - x @ w.T).max()", "schedule", "logit_difference", "abs(plain_logits).max()",
+        "np.abs(np.asarray(on_mesh) - x @ w.T).max()", "schedule", "logit_difference", "abs(plain_logits).max()",
         "dict(grouped_mesh.shape)", "[weights[f'layers.0.{n}.weight'].sharding.shard_shape((4, 256, 256)) for n in "
         "('attention.q_proj', 'attention.o_proj')]")  # fmt: skip
     reduces, counts, held, by_hand, on_mesh, schedule, logit_difference, largest, factored, shards = values.values()
@@ -205,8 +205,9 @@ def test_paged_attention(run_notebooks: ModuleType, tmp_path: Path) -> None:
     assert max(running for _, _, running in slots) == 8 and 3 * len(pages) < len(slots)
     for history in (slots, pages):
         assert all(tokens <= taken <= 8192 for tokens, taken, _ in history)
-    # A sequence of n tokens in slots is held for as many steps as it decodes, without preemption.
-    assert sum(lengths) < 200 * 1024
+    # Whoever is never preempted runs for a step a token of its output, and some more where its prompt waits for room.
+    _, output_tokens = lengths
+    assert output_tokens <= sum(running for _, _, running in slots) < 1.05 * output_tokens
     assert empty == sorted(empty) and empty[0] < 5 and empty[-1] > 70
     assert n_steps[1] == len(pages) and n_steps[-1] == len(slots)
 
@@ -232,7 +233,7 @@ def test_what_is_stored(file: Path, run_notebooks: ModuleType) -> None:
     nbformat.validate(notebook)
     as_tidied = nbformat.from_dict(notebook)
     run_notebooks.tidy(as_tidied)
-    assert nbformat.writes(as_tidied) + "\n" == file.read_text(), "stored otherwise than scripts/run_notebooks.py would"
+    assert nbformat.writes(as_tidied) + "\n" == file.read_text(encoding="utf-8"), "stored otherwise than scripts/run_notebooks.py would"
     assert len(file.read_bytes()) <= run_notebooks.LARGEST
 
     prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
