@@ -1,8 +1,8 @@
 """Runs the notebooks and stores them with what came out: `python scripts/run_notebooks.py [NOTEBOOK.ipynb ...]`.
 
-Without names all of notebooks/ are run. Each runs offline in a folder of its own, which is thrown away. What differs from
-run to run and says nothing to a reader is not stored: when and in which order cells ran, what goes to stderr (warnings,
-progress). A notebook that names a folder of this machine is refused.
+Without names all of notebooks/ are run. Each runs offline in a folder of its own, which is thrown away. What differs
+from run to run and says nothing to a reader is not stored: when and in which order cells ran, what goes to stderr
+(warnings, progress). A notebook that names a folder of this machine is refused.
 """
 
 from __future__ import annotations
