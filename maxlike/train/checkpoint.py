@@ -106,7 +106,8 @@ def find_checkpoint(where: epath.PathLike, *, best: bool = False, tell: Tell) ->
         tell: is given a warning for each that is passed over.
 
     Raises:
-        CheckpointError: the one that was named cannot be used, or a run has none that can.
+        CheckpointError: the one that was named cannot be used, a run has none that can, or the best is wanted and none
+            has a validation loss.
     """
     where = _absolute(where)
     if not where.is_dir():
@@ -115,7 +116,11 @@ def find_checkpoint(where: epath.PathLike, *, best: bool = False, tell: Tell) ->
         return open_checkpoint(where)
     found = _usable(where, tell)
     if best:
-        found.sort(key=lambda folder: (lambda value: np.inf if value is None else value)(_value(folder)), reverse=True)
+        measured = [(value, folder) for folder in found if (value := _value(folder)) is not None]
+        if found and not measured:
+            raise CheckpointError([f"No checkpoint in {where} has a validation loss, so none is the best: take the "
+                                   "newest, or name one."])
+        found = [folder for _, folder in sorted(measured, reverse=True)]
     while found:
         try:
             return open_checkpoint(found.pop())

@@ -234,7 +234,7 @@ def _as(value: Any, kind: Any, key: str) -> Any:
     if isinstance(value, bool | list | dict):
         raise TypeError
     if kind is int and isinstance(value, float):
-        if value != int(value):
+        if not value.is_integer():
             raise ValueError
         return int(value)
     if kind is str and not isinstance(value, str):

@@ -184,6 +184,10 @@ def test_keeps_the_newest_and_the_best(devices: list[jax.Device], tmp_path: Path
     assert names_in(tmp_path / "a") == ["step_00000020", "step_00000040", "step_00000050"]
     assert find_checkpoint(tmp_path / "a", tell=pytest.fail).step == 50
     assert find_checkpoint(tmp_path / "a", best=True, tell=pytest.fail).step == 20
+    model = model_on(devices)
+    save_state(tmp_path / "d", model, state_of(model))
+    with pytest.raises(CheckpointError, match="d has a validation loss, so none is the best"):
+        find_checkpoint(tmp_path / "d", best=True, tell=pytest.fail)
     save(tmp_path / "b", devices, 10, 20, 30, keep=1, keep_best=False)
     assert names_in(tmp_path / "b") == ["step_00000030"]
     with pytest.raises(ValueError, match="keep must be 1 or more"):

@@ -136,6 +136,8 @@ def test_folders_with_a_run_in_them(one_device: None, folder: Path, tmp_path: Pa
     (dict(data=dict(epochs=None), steps=None), "data.epochs is none, without end"),
     (dict(data=dict(train_files=["nowhere.jsonl"])), "nowhere.jsonl"),
     (dict(model=dict(path="nowhere/to/be/found")), "there is no folder"),
+    (dict(validate_every=2), "validate_every measures on data.validation_files, and there are none"),
+    (dict(steps=float("inf")), "steps must be a whole number"),
     (dict(optimizer=dict(name="adamx")), "adamx"),
     (dict(lora=dict(target_modules=["nothing"])), "nothing"),
     (dict(mesh=dict(data=0)), "does not use the 8 devices"),
