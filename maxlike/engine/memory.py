@@ -21,10 +21,19 @@ def cache_bytes(runner: ModelRunner, config: EngineConfig) -> int:
         return config.kv_cache_memory
     stats = [device.memory_stats() for device in runner.mesh.local_devices]
     if mesh_platform(runner.mesh) == "cpu" or not all(stats):
-        return int(free_host_bytes() * (config.memory_share or CPU_MEMORY_SHARE) / _devices_of_one_host(runner.mesh))
-    share = config.memory_share or ACCELERATOR_MEMORY_SHARE
-    left = min(int(s["bytes_limit"] * share) - s["bytes_in_use"] for s in stats if s)
-    return left - runner.temporary_bytes()
+        return room_on_cpu(config, free_host_bytes(), _devices_of_one_host(runner.mesh))
+    temporaries = runner.temporary_bytes()
+    return min(room_on_accelerator(config, s["bytes_limit"], s["bytes_in_use"] + temporaries) for s in stats if s)
+
+
+def room_on_accelerator(config: EngineConfig, limit: int, others: int) -> int:
+    """Bytes that a cache may take of a device's `limit` where `others` are taken up otherwise; may be negative."""
+    return int(limit * (config.memory_share or ACCELERATOR_MEMORY_SHARE)) - others
+
+
+def room_on_cpu(config: EngineConfig, free: int, n_devices: int) -> int:
+    """Bytes that a cache may take on each of `n_devices`, of what the host has free beside the weights."""
+    return int(free * (config.memory_share or CPU_MEMORY_SHARE) / n_devices)
 
 
 def n_pages_for(runner: ModelRunner, config: EngineConfig) -> int:
@@ -36,12 +45,17 @@ def n_pages_for(runner: ModelRunner, config: EngineConfig) -> int:
     if config.num_pages is not None:
         return config.num_pages
     room, page = cache_bytes(runner, config), runner.kv_params.bytes_per_page(runner.mesh)
-    n_pages = min(runner.kv_params.pages_within(max(room, 0), runner.mesh), runner.n_slots * runner.pages_per_sequence)
+    n_pages = pages_of_use(runner, room)
     if n_pages < 1:
         raise ValueError(f"There is no room for a KV cache: a page of {runner.kv_params.page_size} tokens takes "
                          f"{page / 2**20:.1f} MiB a device, and {room / 2**20:.1f} MiB are left. Use more devices, "
                          "raise memory_share, or lower max_num_batched_tokens, max_num_seqs or page_size.")
     return n_pages
+
+
+def pages_of_use(runner: ModelRunner, room: int) -> int:
+    """Pages a layer that `room` bytes a device hold, but no more than all sequences can fill."""
+    return min(runner.kv_params.pages_within(max(room, 0), runner.mesh), runner.n_slots * runner.pages_per_sequence)
 
 
 def free_host_bytes() -> int:

@@ -89,12 +89,21 @@ class ModelRunner:
         """Forgets the arrays, so that those which the model exchanges are freed; `set_weights` is to follow."""
         self._leaves, self._head_leaves = [], []
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes on each device of what sampling keeps of the slots."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._state_shapes))
+
+    @property
+    def largest_programs(self) -> list[tuple[str, int]]:
+        """Those that need most beside weights and cache."""
+        return [("forward", self.token_buckets[-1]), ("full", self.row_buckets[-1])]
+
     def temporary_bytes(self) -> int:
         """Bytes on each device that the largest programs need beside weights and cache: compiled, they tell."""
-        largest = self._lower("forward", self.token_buckets[-1], n_pages=1), self._lower("full", self.row_buckets[-1])
+        largest = [self.lower(kind, n, n_pages=1).compile() for kind, n in self.largest_programs]
         self.n_compiled += len(largest)
-        state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._state_shapes))
-        return state + max(_temporaries(lowered.compile()) for lowered in largest)
+        return self.state_bytes + max(temporaries_of(compiled) for compiled in largest)
 
     def allocate(self, n_pages: int) -> None:
         """Makes the cache, of `n_pages` pages a layer, and the state of the slots."""
@@ -116,7 +125,7 @@ class ModelRunner:
         wanted = [key for key in wanted if key not in self._programs]
         bar = tqdm(total=len(wanted), desc="compiling", disable=None if progress is None else not progress, leave=False)
         with bar, ThreadPoolExecutor(os.cpu_count()) as threads:  # the compiler leaves the interpreter to others
-            compiled = {threads.submit(self._lower(*key).compile): key for key in wanted}
+            compiled = {threads.submit(self.lower(*key).compile): key for key in wanted}
             for future in as_completed(compiled):
                 self._programs[compiled[future]] = future.result()
                 bar.update()
@@ -135,11 +144,13 @@ class ModelRunner:
         `forward` and `score` are for n tokens, `greedy` and `full` for n rows; of `clear` and `fill` there is one, 0.
         """
         if (kind, n) not in self._programs:
-            self._programs[kind, n] = self._lower(kind, n).compile()
+            self._programs[kind, n] = self.lower(kind, n).compile()
             self.n_compiled += 1
         return self._programs[kind, n]
 
-    def _lower(self, kind: str, n: int, n_pages: int | None = None) -> jax.stages.Lowered:
+    def lower(self, kind: str, n: int, n_pages: int | None = None) -> jax.stages.Lowered:
+        """As `compile`, before the compiler; for a cache of `n_pages`, by default the one that there is."""
+
         def given(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=self._replicated)
 
@@ -297,6 +308,7 @@ class ModelRunner:
         return bucket_for(n, self.row_buckets)
 
 
-def _temporaries(compiled: jax.stages.Compiled) -> int:
+def temporaries_of(compiled: jax.stages.Compiled) -> int:
+    """Bytes on each device that a program needs beside what it is given, its results included."""
     memory: Any = compiled.memory_analysis()
     return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from maxlike.mesh import Devices, ShardingRules, as_mesh, make_mesh, tensor_parallel_sizes
@@ -113,6 +114,19 @@ def build_model(config: TransformerConfig, *, devices: Devices | None = None, dt
     return DistributedTransformer(
         config.hidden_size, config.num_attention_heads, layers, norm(), output, embedding, kv_params,
         fetch(kv_params), mesh, model_rope, return_logits, use_subgraphs, layer_groups(config))
+
+
+def abstract_model(build: Callable[[], DistributedTransformer]) -> DistributedTransformer:
+    """What `build` makes, as shapes, dtypes and shardings alone: programs are compiled of it without any weights, for
+    devices that need not be there."""
+    model = nnx.eval_shape(build)
+
+    def placed(variable: Any) -> jax.ShapeDtypeStruct:
+        array = jax.typeof(variable)
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(model.mesh, array.sharding.spec))
+
+    nnx.update(model, jax.tree.map(placed, nnx.state(model)))
+    return model
 
 
 def layer_groups(config: TransformerConfig) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """From what the user calls a model, a folder or a Hugging Face hub id, to a folder."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 _WANTED = (
@@ -42,14 +43,27 @@ def resolve(model: str | os.PathLike[str], *, revision: str | None = None) -> Pa
         raise ValueError(f"{name!r} is a file: give the folder that holds config.json and the weights")
     if not name or not isinstance(model, str) or _looks_like_a_path(name):
         raise ValueError(f"there is no folder {path!r}: give an existing folder, or a hub id like 'org/name'")
-    return _fetch(name, revision)
+    return _fetch(name, revision, _WANTED)
+
+
+def resolve_config(model: str | os.PathLike[str]) -> Path:
+    """The `config.json` of `model`: that file itself, the one in a folder, or of a hub id, of which nothing else is
+    downloaded.
+
+    Raises `ValueError` as `resolve`.
+    """
+    path = os.path.expanduser(os.fspath(model))
+    if os.path.isfile(path):
+        return Path(path)
+    folder = Path(path) if os.path.isdir(path) or _looks_like_a_path(path) else _fetch(path, None, ("config.json",))
+    return folder / "config.json"
 
 
 def _looks_like_a_path(name: str) -> bool:
     return name.startswith((".", "~")) or os.path.isabs(name) or "\\" in name or name.count("/") > 1
 
 
-def _fetch(name: str, revision: str | None) -> Path:
+def _fetch(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
     # Imported here: it takes a third of a second, which a local folder need not cost.
     import huggingface_hub as hub
     from huggingface_hub import errors
@@ -72,7 +86,7 @@ def _fetch(name: str, revision: str | None) -> Path:
         folder = hub.snapshot_download(
             name,
             revision=revision,
-            allow_patterns=list(_WANTED),
+            allow_patterns=list(wanted),
             ignore_patterns=list(_UNWANTED),
             local_files_only=unreachable is not None,
         )

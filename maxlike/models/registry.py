@@ -41,14 +41,7 @@ def parse_config(folder: Path) -> tuple[TransformerConfig, dict[str, Any]]:
     Raises:
         ValueError: a file is missing or unreadable, the model is not supported, or fields are wrong: all of them.
     """
-    file = folder / "config.json"
-    config_json = read_object(file)
-    try:
-        config = family_of(config_json).parse(config_json)
-    except CheckpointError as error:
-        raise CheckpointError(f"{file}: {problem}" for problem in error.problems) from None
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+    config, config_json = parse_config_file(folder / "config.json")
     generation_file = folder / "generation_config.json"
     if generation_file.exists():
         reader = ConfigReader(read_object(generation_file), {})
@@ -57,6 +50,17 @@ def parse_config(folder: Path) -> tuple[TransformerConfig, dict[str, Any]]:
             raise CheckpointError(f"{generation_file}: {problem}" for problem in reader.problems)
         config = replace(config, eos_token_ids=eos_token_ids or config.eos_token_ids)
     return config, config_json
+
+
+def parse_config_file(file: Path) -> tuple[TransformerConfig, dict[str, Any]]:
+    """As `parse_config`, of a `config.json` under whatever name, alone."""
+    config_json = read_object(file)
+    try:
+        return family_of(config_json).parse(config_json), config_json
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {problem}" for problem in error.problems) from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def unparse_config(config: TransformerConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,13 +43,13 @@ class Trainee:
         return not self.lora or is_lora(name)
 
 
-def mesh_of(config: MeshConfig, model: TransformerConfig) -> Mesh:
-    """The mesh over all devices of all processes.
+def mesh_of(config: MeshConfig, model: TransformerConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices`; by default over all of all processes.
 
     Raises:
         ValueError: the sizes do not multiply to the number of devices, or do not fit the model.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     fsdp = config.fsdp
     if fsdp is None:
         fsdp = max(1, len(devices) // max(1, config.data * config.model))
