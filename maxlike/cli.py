@@ -1,4 +1,4 @@
-"""The command line: `maxlike generate`, `serve`, `train`, `export`, `bench` and `info`."""
+"""The command line: `maxlike generate`, `serve`, `train`, `export`, `plan`, `bench` and `info`."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from maxlike.models.build import compute_dtype, default_kv_params
 from maxlike.models.hub import resolve
 from maxlike.models.registry import FAMILIES, parse_config
 from maxlike.models.tokenizer import Tokenizer
+from maxlike.plan.command import add_command as add_plan_command
 from maxlike.serve.command import add_command as add_serve_command
 from maxlike.train.command import add_commands as add_train_commands
 from maxlike.train.command import start_processes
@@ -62,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if hasattr(args, "compilation_cache"):
         _keep_programs(args.compilation_cache)
+    if hasattr(args, "topology"):
+        _prepare_for_plans()
     try:
         if hasattr(args, "coordinator"):
             start_processes(args, _initialize)
@@ -83,6 +86,19 @@ def _initialize(coordinator: str | None, n: int | None, i: int | None) -> None:
     """`jax.distributed.initialize`; here, since it concerns the whole process."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # CPU devices of several processes have no other
     jax.distributed.initialize(coordinator, n, i)
+
+
+def _prepare_for_plans() -> None:
+    """Has the TPU's compiler work without a TPU, and JAX look for none; here, since it concerns the whole process."""
+    # libtpu reads these when it is loaded. Without them it asks a metadata server what machine this is, complains at
+    # length when none answers, and lets no second process load it.
+    for name, value in (("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"), ("TPU_SKIP_MDS_QUERY", "1"),
+                        ("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_ACCELERATOR_TYPE", "v6e-4")):
+        os.environ.setdefault(name, value)
+    if jax.config.jax_platforms is None:  # type: ignore[attr-defined]
+        jax.config.update("jax_platforms", "cpu")
+    # A program kept by a host without the device could not be loaded again.
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _keep_programs(folder: str | None) -> None:
@@ -134,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_serve_command(commands, str(EMBEDDED_MODEL))
     add_compilation_cache_flag(add_train_commands(commands, maxlike.__version__))
+    add_plan_command(commands, str(EMBEDDED_MODEL))
     add_bench_command(commands, str(EMBEDDED_MODEL), maxlike.__version__)
     return parser
 

@@ -62,7 +62,8 @@ def _programs_of_the_command_line_are_kept_elsewhere(programs: Path) -> Iterator
 def _no_test_leaves_a_compilation_cache_behind() -> Iterator[None]:
     # The command line sets one for its process, which here is every later test's too. Those that compile for a TPU
     # would find their programs in it, put there by another, and no host without that TPU can load them.
-    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
+             "jax_enable_compilation_cache")
     before = {name: getattr(jax.config, name) for name in names}
     yield
     if any(getattr(jax.config, name) != value for name, value in before.items()):

@@ -97,7 +97,10 @@ class ModelRunner:
     @property
     def largest_programs(self) -> list[tuple[str, int]]:
         """Those that need most beside weights and cache."""
-        return [("forward", self.token_buckets[-1]), ("full", self.row_buckets[-1])]
+        programs = [("forward", self.token_buckets[-1]), ("full", self.row_buckets[-1])]
+        if self.row_buckets[-1] < SCORED_ROWS:  # then it is a prompt's rows that need most logits
+            programs.append(("score", self.token_buckets[-1]))
+        return programs
 
     def temporary_bytes(self) -> int:
         """Bytes on each device that the largest programs need beside weights and cache: compiled, they tell."""

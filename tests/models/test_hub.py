@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import constants, errors
 
 from maxlike.models import hub
-from maxlike.models.hub import resolve
+from maxlike.models.hub import resolve, resolve_config
 
 COMMIT, TAGGED = "a" * 40, "b" * 40
 
@@ -196,3 +196,19 @@ def test_a_hub_that_refuses_may_still_have_been_cached(cache, tmp_path, online):
     calls = online(tmp_path, probe=errors.HTTPError("no route to host"))
     assert resolve("org/name") == tmp_path
     assert calls[0][1]["local_files_only"]
+
+
+# -- the config alone
+
+
+def test_a_config_is_found_without_the_rest(tmp_path, cache, online):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "some-model.json").write_text("{}")
+    assert resolve_config(tmp_path) == resolve_config(tmp_path / "config.json") == tmp_path / "config.json"
+    assert resolve_config(str(tmp_path / "some-model.json")) == tmp_path / "some-model.json"
+    assert resolve_config(tmp_path / "none") == tmp_path / "none" / "config.json"  # which its reader will miss
+    assert resolve_config("org/name") == cache / COMMIT / "config.json"
+    calls = online(tmp_path)
+    assert resolve_config("org/name") == tmp_path / "config.json"
+    ((_, options),) = calls
+    assert options["allow_patterns"] == ["config.json"]  # no weights, no tokenizer

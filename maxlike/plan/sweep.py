@@ -1,0 +1,111 @@
+"""Many plans of one model side by side: which slice, cut how."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from maxlike.models.config import TransformerConfig
+from maxlike.plan.arithmetic import KnownShapes
+from maxlike.plan.chips import CHIPS, Chip, Topology, parse_topology, slices_of
+from maxlike.plan.options import Options, Serving, changed, legal_sizes
+from maxlike.plan.planner import compiled, described, reckoned
+from maxlike.plan.result import Plan
+from maxlike.plan.result import described as words_of
+
+_LARGEST = 64
+"""Chips of the largest slice that the name of a chip stands for: beyond, replicas repeat what smaller ones tell."""
+_ROWS = 24
+
+
+def sweep(model: str | os.PathLike[str] | TransformerConfig, topologies: Sequence[str],
+          options: Options | None = None, *, compile: bool = False, **changes: Any) -> list[Plan]:
+    """Plans of every mesh of some topologies, the best first: those that fit, by tokens a second and chip.
+
+    In serving each topology is cut into replicas of every tensor-parallel size that there is, or of `tp` alone; in
+    training into the tensor-parallel sizes, `fsdp` being what they leave.
+
+    Args:
+        model, options, changes: as `plan` has them; `data` of serving is not looked at.
+        topologies: names of them, or of chips: the slices of those that are sold, up to 64 chips.
+        compile: have TPU programs compiled, a minute or so for each mesh, in place of arithmetic.
+
+    Raises:
+        ValueError: as `plan`, or no mesh of these topologies suits the model.
+    """
+    options = changed(options or Serving(), **changes)
+    name, config = described(model)
+    shapes = KnownShapes(config)
+    plans: list[Plan] = []
+    problem: object = "no part of them has so many devices"
+    for topology in _expanded(topologies):
+        for candidate in _meshes(config, topology, options):
+            try:
+                if compile and topology.chip is not None and topology.chip.platform == "tpu":
+                    plans.append(compiled(name, config, topology, candidate))
+                else:
+                    plans.append(reckoned(name, config, topology, candidate, shapes))
+            except ValueError as error:  # a mesh that the topology cannot be cut into
+                problem = error
+    if not plans:
+        raise ValueError(f"No mesh of {', '.join(topologies)} suits {name}: {problem}")
+    return sorted(plans, key=_rank)
+
+
+def per_chip(plan: Plan) -> float:
+    """Tokens a second and chip, at most; 0 where it does not fit, or nothing is known of the chip."""
+    return (plan.tokens_per_s or 0.0) / parse_topology(plan.topology).n_chips
+
+
+def sweep_table(plans: Sequence[Plan]) -> str:
+    """A line for each of the first plans, in their order."""
+    use = plans[0].use
+    what = "decode" if use == "serve" else "train"
+    lines = [f"{plans[0].model}: {'served' if use == 'serve' else 'trained'}, "
+             f"{'as the compiler has it' if plans[0].method == 'compiled' else 'by arithmetic alone'}, at most:",
+             f"{'topology':<14}{'mesh':<22}{'replicas':>9}{'head-room GB':>13}{'cache tokens':>14}"
+             f"{what + ' ms':>11}{'binds':>9}{'tok/s':>11}{'a chip':>9}"]
+    for plan in plans[:_ROWS]:
+        step = next((step for step in plan.steps if step.name == what), None)
+        cache = plan.cache.tokens * plan.replicas if plan.cache is not None else 0
+        if step is None or step.floor_s is None:
+            told = "  does not fit" if not plan.fits else ""
+        else:
+            told = (f"{1000 * step.floor_s:>11.2f}{step.binds:>9}{plan.tokens_per_s or 0:>11,.0f}"
+                    f"{per_chip(plan):>9,.0f}")
+        lines.append(f"{plan.topology:<14}{words_of(plan.mesh):<22}{plan.replicas:>9}"
+                     f"{plan.memory.head_room / 1e9:>13.2f}{cache:>14,}{told}")
+    if len(plans) > _ROWS:
+        misfits = sum(not plan.fits for plan in plans[_ROWS:])
+        lines.append(f"and {len(plans) - _ROWS} more, {misfits} of which do not fit: --json has them all")
+    return "\n".join(lines)
+
+
+def _rank(plan: Plan) -> tuple[bool, float, int]:
+    return not plan.fits, -per_chip(plan), plan.devices
+
+
+def _expanded(names: Sequence[str]) -> list[Topology]:
+    found: dict[Topology, None] = {}
+    for name in names:
+        chip = CHIPS.get(name.strip().lower())
+        for topology in [parse_topology(name)] if chip is None else _slices(chip):
+            found[topology] = None
+    return list(found)
+
+
+def _slices(chip: Chip) -> list[Topology]:
+    return [topology for topology in slices_of(chip) if topology.n_chips <= _LARGEST]
+
+
+def _meshes(config: TransformerConfig, topology: Topology, options: Options) -> Iterator[Options]:
+    if not isinstance(options, Serving):
+        for tp in legal_sizes(config, topology.n_devices):
+            if topology.n_devices % (tp * options.data) == 0:
+                yield replace(options, tp=tp, fsdp=None)
+        return
+    for tp in legal_sizes(config, topology.n_devices) if options.tp is None else [options.tp]:
+        if topology.n_devices % tp == 0 and topology.parts(topology.n_devices // tp):
+            yield replace(options, tp=tp, data=topology.n_devices // tp)
