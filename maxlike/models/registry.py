@@ -53,7 +53,11 @@ def parse_config(folder: Path) -> tuple[TransformerConfig, dict[str, Any]]:
 
 
 def parse_config_file(file: Path) -> tuple[TransformerConfig, dict[str, Any]]:
-    """As `parse_config`, of a `config.json` under whatever name, alone."""
+    """As `parse_config`, of a `config.json` under whatever name, alone.
+
+    Raises:
+        ValueError: as `parse_config`.
+    """
     config_json = read_object(file)
     try:
         return family_of(config_json).parse(config_json), config_json

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -71,10 +71,10 @@ class Training:
     data: int = 1
     fsdp: int | None = None
     tokens_per_batch: int | None = None
-    dtype: str = "bfloat16"
-    remat: str = "full"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    remat: Literal["none", "full", "dots"] = "full"
     accumulation: int = 1
-    optimizer: str = "adamw"
+    optimizer: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
     lora_rank: int | None = None
 
     def __post_init__(self) -> None:
