@@ -26,7 +26,7 @@ from maxlike.train.config import DataConfig, LogConfig, ModelConfig, OptimizerCo
 from maxlike.train.export import export
 from maxlike.train.loop import train
 
-STEPS = 1500  # some 56 minutes on two cores; measuring what came out takes a few more
+STEPS = 1500  # 40 minutes on two busy cores; measuring what came out takes a few more
 
 
 @dataclass(frozen=True)

@@ -201,9 +201,9 @@ def _converted(value: Any, kind: Any, key: str) -> Any:
     parts = _options(kind)
     if kind is Any:
         return value
-    if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and len(parts) < len(
-            typing.get_args(kind))):
-        if parts == [kind]:
+    may_be_none = type(None) in typing.get_args(kind)
+    if value is None or (may_be_none and isinstance(value, str) and value.lower() in ("none", "null")):
+        if not may_be_none:
             raise ValueError(f"{key} needs a value; got none.")
         return None
     for part in parts:

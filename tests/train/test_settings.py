@@ -24,7 +24,7 @@ class Engine:
     """
 
     power: float
-    kind: Literal["diesel", "petrol"] = "diesel"
+    kind: Literal["diesel", "petrol", "none"] = "diesel"
     fuel: str | None = None
     gears: Sequence[int] = (1, 2)
 
@@ -72,6 +72,8 @@ def test_flags_and_file_say_the_same() -> None:
     assert build(Car, read_yaml(write_yaml(expected), "again")) == expected
     changed = by_flags("--no-loud", "--engine-fuel", "tar", file=text)  # the others stay as the file has them
     assert changed == Car("me", Engine(1e-4, "petrol", "tar", (3, 4)), Radio(("a", "b"), False, {"a": 1}), 7)
+    assert by_flags("--engine-kind", "none", "--engine-fuel", "none", file=text).engine == Engine(
+        1e-4, "none", None, (3, 4))
 
 
 def test_a_section_that_is_not_named_is_not_there() -> None:
@@ -90,7 +92,7 @@ def test_a_section_that_is_not_named_is_not_there() -> None:
     ("owner: me", "engine.power is missing"),
     ("owner: me\nengine: {power: fast}", "engine.power must be a number; got 'fast'"),
     ("owner: me\nengine: {power: -1}", "engine: power must be at least 0"),
-    ("owner: me\nengine: {power: 1, kind: coal}", "engine.kind must be one of diesel, petrol; got 'coal'"),
+    ("owner: me\nengine: {power: 1, kind: coal}", "engine.kind must be one of diesel, petrol, none; got 'coal'"),
     ("owner: me\nengine: {power: 1, gears: [1.5]}", "engine.gears must be a list of a whole number"),
     ("owner: me\nengine: {power: true}", "engine.power must be a number; got True"),
     ("owner: me\nengine: {power: 1}\npower: null", "power needs a value"),
