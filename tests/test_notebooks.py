@@ -66,7 +66,7 @@ print(json.dumps([_pictures, {{name: eval(name) for name in {names!r}}}], defaul
 COUNTED = {"layer", "layers", "page", "device", "kind", "step of the ring", "step", "steps", "tensor-parallel devices",
            "optimizer step", "instructions", "HLO instructions after optimisation", "sequences running",
            "token of the answer", "token (· is a space, ·4 four, ⏎ a new line)", "probability", "attention weight",
-           "relative distance", "new token, counted from 0", "rank, 1 being the likeliest"}  # fmt: skip
+           "relative distance", "slice", "new token, counted from 0", "rank, 1 being the likeliest"}  # fmt: skip
 
 
 def complaints(picture: dict[str, Any]) -> list[str]:
@@ -230,6 +230,44 @@ def test_finetune(run_notebooks: ModuleType, tmp_path: Path) -> None:
     assert steps == exported
     assert bits_after < bits_before / 100
     assert (tmp_path / "tuned" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU's compiler")
+def test_plan_a_tpu(run_notebooks: ModuleType, tmp_path: Path) -> None:
+    values = run(
+        run_notebooks, "06_plan_a_tpu", tmp_path, "weights_by_hand", "token_by_hand", "too_small.to_json()",
+        "fitting.to_json()", "{name: found.to_json() for name, found in arithmetic.items()}", "binding",
+        "{name: [[s.tokens, s.memory_s, s.compute_s, s.links_s, s.binds] for s in steps] for name, steps in "
+        "(('decode', decodes), ('prefill', prefills))}", "[found.fits for found in trained.values()]")  # fmt: skip
+    weights, token, refused, fitting, reckoned, binding, steps, trained = values.values()
+    assert weights == pytest.approx(2 * 70.55e9, rel=1e-3) and token == 327_680
+    # Four chips are refused by the compiler; what it proposes fits, says the compiler too.
+    assert not refused["fits"] and "the compiler refuses" in refused["problem"]
+    assert refused["memory"]["weights"] == pytest.approx(weights / 4, rel=1e-3) > refused["memory"]["limit"]
+    assert refused["suggestions"] == ["--topology v6e:2x4"]
+    assert fitting["fits"] and fitting["method"] == "compiled" and fitting["topology"] == "v6e:2x4"
+    memory, cache = fitting["memory"], fitting["cache"]
+    assert memory["weights"] == pytest.approx(weights / 8, rel=1e-3) and cache["bytes_per_token"] == token / 8
+    assert memory["cache"] == cache["tokens"] * token / 8
+    assert 0.09 < memory["head_room"] / memory["limit"] < 0.11  # nine tenths are used
+    decode = next(step for step in fitting["steps"] if step["name"] == "decode")
+    reduced = next(c for c in decode["collectives"] if c["kind"] == "all-reduce")
+    assert (decode["sequences"], decode["binds"], reduced["count"]) == (64, "memory", 2 * 80 + 1)
+    # Arithmetic sees what the compiler sees, and is careful: it leaves no more to the cache.
+    alone = reckoned["v6e:2x4"]
+    assert alone["method"] == "arithmetic" and alone["memory"]["weights"] == memory["weights"]
+    assert 0.9 * memory["cache"] < alone["memory"]["cache"] <= memory["cache"]
+    assert not reckoned["v6e:2x2"]["fits"] and reckoned["h200:8"]["fits"]
+    assert all(decode == "memory" for decode, _ in binding.values()) and binding["h200:8"][1] == "compute"
+    # All weights but the embedding's, and each sequence's context; two operations a weight and token.
+    matrices = weights - 2 * 128256 * 8192
+    for n, read, computed, _, binds in steps["decode"]:
+        assert read == pytest.approx((matrices + n * 1024 * token) / 8 / 1638e9, rel=1e-3)
+        assert computed >= n * matrices / 8 / 918e12 and binds == "memory"
+    assert [n for n, *_, binds in steps["prefill"] if binds == "compute"] == [1024, 2048, 4096]
+    assert {binds for n, *_, binds in steps["prefill"] if n < 1024} == {"memory"}
+    assert trained == [True] * 3 + [False, True, True]  # with LoRA, then all weights
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=IDS)
