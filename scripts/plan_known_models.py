@@ -16,15 +16,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ROOT / "tests"
-MODELS = [
-    ("models/configs/llama-3.1-8b.json", "v5e:2x4"),
-    ("plan/configs/llama-3.1-70b.json", "v6e:4x4"),
-    ("plan/configs/llama-3.1-70b.json", "v5p:2x2x4"),
-    ("plan/configs/llama-3.1-405b.json", "v5p:4x4x8"),
-    ("models/configs/qwen3-32b.json", "v6e:2x4"),
-    ("models/configs/gemma-3-27b-it.json", "v6e:2x4"),
-]
+sys.path.insert(0, str(ROOT))
+from tests.plan.known import CONFIGS, PLANS  # noqa: E402
 
 
 def main() -> int:
@@ -34,10 +27,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all plans there")
     args = parser.parse_args()
     plans, code = [], 0
-    for file, topology in MODELS:
-        if args.only is not None and args.only not in file:
+    for name, topology in PLANS:
+        if args.only is not None and args.only not in name:
             continue
-        command = [sys.executable, "-m", "maxlike", "plan", "--model", str(TESTS / file), "--topology", topology]
+        command = [sys.executable, "-m", "maxlike", "plan", "--model", str(CONFIGS[name]), "--topology", topology]
         start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([*command, "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -49,7 +42,7 @@ def main() -> int:
                 "peak_gb": round(after.ru_maxrss / 1e6, 2)}  # of the largest so far
         plans.append({**found, "took": took})
         memory, cache = found["memory"], found["cache"]
-        print(f"{Path(file).stem} on {topology}: {'fits' if found['fits'] else 'does not fit: ' + found['problem']}")
+        print(f"{name} on {topology}: {'fits' if found['fits'] else 'does not fit: ' + found['problem']}")
         print("  " + ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in memory.items()))
         for step in found["steps"]:
             print(f"  {step['name']}: {1000 * step['floor_s']:.2f} ms at least, {step['binds']} binds")

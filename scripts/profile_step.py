@@ -124,11 +124,11 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the steps, leaves the trace, and tells the figures."""
     import jax
 
-    from maxlike.models.hub import resolve
-    from maxlike.models.registry import parse_config
+    from maxlike.models.hub import resolve_config
+    from maxlike.models.registry import parse_config_file
 
     start = time.perf_counter()
-    config, _ = parse_config(resolve(args.model))
+    config, _ = parse_config_file(resolve_config(args.model))
     step, texts = (training_step if args.phase == "train" else engine_step)(args, config)
     print(f"compiled in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     for _ in range(WARM_UP):

@@ -21,6 +21,14 @@ def check_plot(file: Path) -> None:
         raise ValueError("A plot needs matplotlib, which is not installed: pip install 'maxlike[bench]'.")
 
 
+def save_plot(figure: Any, file: Path) -> None:
+    """Writes a matplotlib figure. Raises `ValueError` where it cannot."""
+    try:
+        figure.savefig(file, dpi=150)
+    except OSError as error:
+        raise ValueError(f"The plot cannot be written to {file}: {error.strerror}.") from error
+
+
 def plot(levels: Sequence[LevelFigures], file: Path, title: str) -> None:
     """Draws time to first token and time a token, median and 99th percentile, against load and output throughput.
 
@@ -46,10 +54,7 @@ def plot(levels: Sequence[LevelFigures], file: Path, title: str) -> None:
             ax.set_ylim(bottom=0)
             ax.grid(alpha=0.3)
     axes[0, 0].legend()
-    try:
-        figure.savefig(file, dpi=150)
-    except OSError as error:
-        raise ValueError(f"The plot cannot be written to {file}: {error.strerror}.") from error
+    save_plot(figure, file)
 
 
 def _draw_against_load(ax: Any, levels: Sequence[LevelFigures], field: str) -> None:

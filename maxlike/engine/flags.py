@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 import jax
@@ -50,18 +52,18 @@ def add_compilation_cache_flag(parser: argparse.ArgumentParser | argparse._Argum
                         "start; none: do not; default: JAX's own setting, else ~/.cache/maxlike/programs")
 
 
-def add_engine_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Adds all flags that `engine_options` reads: those above, and those of an engine's size."""
-    add_load_flags(parser)
-    add_cache_dtype_flag(parser)
-    add_adapter_flags(parser)
-    add_compilation_cache_flag(parser)
-    parser.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences that run at once; default 64 on CPU, "
-                        "256 elsewhere")
-    parser.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="tokens of a step; default 512 on CPU, "
-                        "2048 elsewhere")
-    parser.add_argument("--max-model-len", type=int, metavar="N", help="longest sequence; default: the model's own, or "
-                        "what the cache holds")
+def add_size_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup,
+                   short: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Adds the flags that say how large an engine is; `short` gives some of them a second name, shown first."""
+    def names(flag: str) -> list[str]:
+        return [short[flag], flag] if flag in short else [flag]
+
+    parser.add_argument(*names("--max-num-seqs"), dest="max_num_seqs", type=int, metavar="N",
+                        help="sequences that run at once; default 64 on CPU, 256 elsewhere")
+    parser.add_argument(*names("--max-num-batched-tokens"), dest="max_num_batched_tokens", type=int,
+                        metavar="N", help="tokens of a step; default 512 on CPU, 2048 elsewhere")
+    parser.add_argument(*names("--max-model-len"), dest="max_model_len", type=int, metavar="N",
+                        help="longest sequence; default: the model's own, or what the cache holds")
     parser.add_argument("--page-size", type=int, metavar="N", help="tokens of a page of the KV cache; default 64")
     parser.add_argument("--num-pages", type=int, metavar="N", help="pages of the KV cache; default: what the memory "
                         "holds and the sequences can fill")
@@ -69,6 +71,15 @@ def add_engine_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
                         "device, as 4G")
     parser.add_argument("--memory-share", type=float, metavar="X", help="share of each accelerator's memory that is "
                         "used (0.9); on CPU of what is free, for the KV cache alone (0.25)")
+
+
+def add_engine_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Adds all flags that `engine_options` reads: those above, and those of an engine's size."""
+    add_load_flags(parser)
+    add_cache_dtype_flag(parser)
+    add_adapter_flags(parser)
+    add_compilation_cache_flag(parser)
+    add_size_flags(parser)
     parser.add_argument("--no-prefix-caching", action="store_true", help="do not keep pages for prompts that begin "
                         "the same")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maxlike.engine.config import EngineConfig
-from maxlike.engine.flags import memory_size
+from maxlike.engine.flags import add_size_flags
 from maxlike.plan.options import Options, Serving, Training
 
 _SERVING = {"cache_dtype": "--cache-dtype", "context": "--context", "max_num_seqs": "--max-seqs",
@@ -51,18 +51,8 @@ def add_command(commands: Any, embedded_model: str) -> None:
     serving = parser.add_argument_group("serving")
     serving.add_argument("--cache-dtype", "--kv-cache-dtype", choices=["float32", "bfloat16", "int8", "float8_e4m3fn"],
                          help="of the KV cache; default: --dtype's, float32 on CPU")
-    serving.add_argument("--max-seqs", "--max-num-seqs", dest="max_num_seqs", type=int, metavar="N", help="sequences "
-                         "that run at once; default 64 on CPU, 256 elsewhere")
-    serving.add_argument("--max-len", "--max-model-len", dest="max_model_len", type=int, metavar="N", help="longest "
-                         "sequence; default: the model's own, or what the cache holds")
-    serving.add_argument("--max-batched-tokens", "--max-num-batched-tokens", dest="max_num_batched_tokens", type=int,
-                         metavar="N", help="tokens of a step; default 512 on CPU, 2048 elsewhere")
-    serving.add_argument("--page-size", type=int, metavar="N", help="tokens of a page of the KV cache; default 64")
-    serving.add_argument("--num-pages", type=int, metavar="N", help="pages of the KV cache; default: what there is "
-                         "room for")
-    serving.add_argument("--kv-cache-memory", type=memory_size, metavar="SIZE", help="rather its bytes on each device, "
-                         "as 4G")
-    serving.add_argument("--memory-share", type=float, metavar="X", help="of each device's memory that is used (0.9)")
+    add_size_flags(serving, {"--max-num-seqs": "--max-seqs", "--max-model-len": "--max-len",
+                             "--max-num-batched-tokens": "--max-batched-tokens"})
     serving.add_argument("--context", type=int, metavar="N", help="tokens that each sequence has behind it in the "
                          "decode step that is told of; default 4096, or what the model takes")
     training = parser.add_argument_group("training")

@@ -17,7 +17,7 @@ from jax.errors import JaxRuntimeError
 from jax.experimental import topologies
 
 from maxlike.engine.runner import temporaries_of
-from maxlike.plan.chips import GIB, Topology
+from maxlike.plan.chips import GB, GIB, Topology
 from maxlike.plan.collectives import Collective, collectives_of
 
 
@@ -26,12 +26,10 @@ class Compiled:
     """What is known of a compiled program, on each device.
 
     Args:
-        arguments: bytes of what it is given and uses.
-        temporaries: bytes beside those, results that take no argument's place included.
+        temporaries: bytes beside what it is given, results that take no argument's place included.
         collectives: see `collectives_of`.
     """
 
-    arguments: int
     temporaries: int
     collectives: tuple[Collective, ...]
 
@@ -47,6 +45,13 @@ class DoesNotFitError(Exception):
     def __init__(self, needed: int | None, limit: int | None, message: str):
         super().__init__(message)
         self.needed, self.limit, self.message = needed, limit, message
+
+    def problem(self, what: str) -> str:
+        """In words, where `what` is the program."""
+        if self.needed is None or self.limit is None:
+            return f"the compiler says: {self.message}."
+        return (f"the compiler refuses {what} needs {self.needed / GB:.2f} GB on each device, of {self.limit / GB:.2f} "
+                "GB that there are.")
 
 
 def compile_all(programs: Sequence[jax.stages.Lowered], platform: str) -> list[Compiled]:
@@ -105,8 +110,7 @@ def _compile(lowered: jax.stages.Lowered, platform: str) -> Compiled:
             raise _refusal(error) from error
         files = sorted(Path(folder).glob("*after_optimizations.txt"))
         text = files[0].read_text() if files else compiled.as_text()
-    memory: Any = compiled.memory_analysis()
-    return Compiled(memory.argument_size_in_bytes, temporaries_of(compiled), collectives_of(text or ""))
+    return Compiled(temporaries_of(compiled), collectives_of(text or ""))
 
 
 def _refusal(error: JaxRuntimeError) -> Exception:

@@ -6,8 +6,6 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import jax.numpy as jnp
-
 from maxlike.engine.config import EngineConfig
 from maxlike.mesh import check_tensor_parallel_size, tensor_parallel_sizes
 from maxlike.models.config import TransformerConfig
@@ -149,11 +147,6 @@ def tensor_parallel_size(config: TransformerConfig, options: Serving, topology: 
 def legal_sizes(config: TransformerConfig, most: int) -> list[int]:
     """Tensor-parallel sizes of a model, up to `most`, ascending."""
     return [n for n in tensor_parallel_sizes(**_heads(config)) if n <= most]
-
-
-def compute_itemsize(dtype: str) -> int:
-    """Bytes of a number of this dtype."""
-    return jnp.dtype(dtype).itemsize
 
 
 def _heads(config: TransformerConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from maxlike.bench.plot import check_plot
+from maxlike.bench.plot import check_plot, save_plot
 from maxlike.plan.chips import parse_topology
 from maxlike.plan.result import Plan, described
 from maxlike.plan.sweep import per_chip
@@ -38,10 +38,7 @@ def plot(plans: Sequence[Plan], file: Path) -> None:
     for plan in plans:
         best.setdefault(plan.topology, plan)
     _draw_memory(right, list(best.values())[:_BARS])
-    try:
-        figure.savefig(file, dpi=150)
-    except OSError as error:
-        raise ValueError(f"The plot cannot be written to {file}: {error.strerror}.") from error
+    save_plot(figure, file)
 
 
 def _draw_yield(ax: Any, plans: Sequence[Plan]) -> None:

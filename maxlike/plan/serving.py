@@ -130,7 +130,7 @@ def compile_serving(asked: Asked) -> Plan:
         unique = list(dict.fromkeys(keys))
         programs = dict(zip(unique, compile_all([runner.lower(*key) for key in unique], asked.platform), strict=True))
     except DoesNotFitError as refused:
-        return write_down(asked, _refused(sized, refused), {})
+        return write_down(asked, replace(sized, problem=refused.problem("a program that")), {})
     sized = replace(sized, temporaries=max(program.temporaries for program in (*programs.values(), *tail)))
     collectives = {"decode": together(programs[key].collectives for key in keys[1:3]),
                    "prefill": programs[keys[0]].collectives}
@@ -264,13 +264,6 @@ def _with_pages(asked: Asked, sized: Sized, pages: int, room: int) -> Sized:
             f"the KV cache has room for {pages * engine.page_size:,} tokens, and sequences of {asked_for:,} were asked "
             "for."))
     return replace(sized, pages=pages)
-
-
-def _refused(sized: Sized, refused: DoesNotFitError) -> Sized:
-    if refused.needed is None or refused.limit is None:
-        return replace(sized, problem=f"the compiler says: {refused.message}.")
-    return replace(sized, problem=(f"the compiler refuses a program that needs {refused.needed / GB:.2f} GB on each "
-                                   f"device, of {refused.limit / GB:.2f} GB that there are."))
 
 
 def _state_bytes(engine: EngineConfig, asked: Asked) -> int:

@@ -87,15 +87,11 @@ def compile_training(asked: AskedTraining) -> Plan:
     try:
         (program,) = compile_all([lowered], "cpu" if topology.chip is None else topology.chip.platform)
     except DoesNotFitError as refused:
-        told = refused.needed is not None and refused.limit is not None
-        problem = (f"the compiler refuses the step, which needs {(refused.needed or 0) / GB:.2f} GB on each device, of "
-                   f"{(refused.limit or 0) / GB:.2f} GB that there are." if told
-                   else f"the compiler says: {refused.message}.")
         temporaries = max(0, (refused.needed or 0) - memory.weights - memory.state)
-        return _written(asked, dict(mesh.shape), shapes, replace(memory, temporaries=temporaries), trained, (), problem)
+        return _written(asked, dict(mesh.shape), shapes, replace(memory, temporaries=temporaries), trained, (),
+                        refused.problem("the step, which"))
     memory = replace(memory, temporaries=program.temporaries)
-    problem = "" if memory.head_room >= 0 else f"{-memory.head_room / GB:.2f} GB are missing on each device."
-    return _written(asked, dict(mesh.shape), shapes, memory, trained, program.collectives, problem)
+    return _written(asked, dict(mesh.shape), shapes, memory, trained, program.collectives, _missing(memory))
 
 
 def reckon_training(asked: AskedTraining, known: KnownShapes, temporaries: float = 1.0) -> Plan:
@@ -131,9 +127,9 @@ def reckon_training(asked: AskedTraining, known: KnownShapes, temporaries: float
     needed = len(config.layers) * kept + 2 * layer + gathered + head + 4 * trained + _LOGITS
     memory = Memory(topology.chip.memory if topology.chip else host_memory(), weights, 0,
                     int(4 * trained * _MOMENTS[options.optimizer]), int(needed * temporaries))
-    problem = "" if memory.head_room >= 0 else f"{-memory.head_room / GB:.2f} GB are missing on each device."
     return replace(_written(asked, sizes, replace(shapes, itemsize=itemsize), memory, trained,
-                            _reckoned_collectives(asked, shapes, sizes, trained), problem), method="arithmetic")
+                            _reckoned_collectives(asked, shapes, sizes, trained), _missing(memory)),
+                   method="arithmetic")
 
 
 def _written(asked: AskedTraining, mesh: Mapping[str, int], shapes: Shapes, memory: Memory, trained: int,
@@ -204,6 +200,11 @@ def _reckoned_collectives(asked: AskedTraining, shapes: Shapes, mesh: Mapping[st
     if data > 1:
         found.append(collective("all-reduce", 4 * trained, data, options.accumulation))
     return together([(one,) for one in found])
+
+
+def _missing(memory: Memory) -> str:
+    """Why it does not fit; empty where it does."""
+    return "" if memory.head_room >= 0 else f"{-memory.head_room / GB:.2f} GB are missing on each device."
 
 
 def _check(asked: AskedTraining) -> None:
