@@ -60,16 +60,22 @@ def matmul(x: jax.Array, weight: jax.Array, out_sharding: NamedSharding | None =
         out_sharding: of the result, where the contracted dimension is sharded.
     """
 
-    def product(x: jax.Array, weight: jax.Array, out_sharding: NamedSharding | None = out_sharding) -> jax.Array:
+    def product(x: jax.Array, weight: jax.Array, out_sharding: NamedSharding | None = out_sharding,
+                dtype: DTypeLike = jnp.float32) -> jax.Array:
         return jax.lax.dot_general(
-            x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32, out_sharding=out_sharding,
+            x, weight, (((1,), (1,)), ((), ())), preferred_element_type=dtype, out_sharding=out_sharding,
             precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None)
 
     rows_are_cut = any(jax.typeof(x).sharding.spec[:1])  # then they can be neither padded nor taken apart
 
-    def default(x: jax.Array, weight: jax.Array) -> jax.Array:
+    def default(x: jax.Array, weight: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
         padding = 0 if rows_are_cut else max(0, _MIN_ROWS - x.shape[0])
-        return product(jnp.pad(x, ((0, padding), (0, 0))), weight)[:x.shape[0]].astype(x.dtype)
+        return product(jnp.pad(x, ((0, padding), (0, 0))), weight, dtype=dtype)[:x.shape[0]].astype(x.dtype)
+
+    def on_accelerator(x: jax.Array, weight: jax.Array) -> jax.Array:
+        # They add up in float32 whatever they write. A float32 result is what the TPU's compiler might sum over the
+        # devices, twice the bytes, and what the products of the derivative would have for an operand.
+        return default(x, weight, x.dtype)
 
     def weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
         # XLA:CPU (YNNPACK) rearranges the right operand before it multiplies, which for a weight takes two thirds of
@@ -82,12 +88,16 @@ def matmul(x: jax.Array, weight: jax.Array, out_sharding: NamedSharding | None =
             # Columns that would be padding are used: a row of the weight is several outputs' rows end to end, and
             # column (b, t) has row t of x in the part of output b, zeros elsewhere.
             weight = jnp.reshape(weight, (O // together, together * I), out_sharding=_like(weight))
-            x = (jnp.eye(together, dtype=x.dtype)[:, None, :, None] * x[:, None, :]).reshape(-1, together * I)
+            # Zeros by the bits, since LLVM is slow at arithmetic in bfloat16, and zero times infinity is none.
+            same = jnp.where(jnp.eye(together, dtype=bool), jnp.uint16(0xFFFF), jnp.uint16(0))[:, None, :, None]
+            bits = same & jax.lax.bitcast_convert_type(x, jnp.uint16)[:, None, :]
+            x = jax.lax.bitcast_convert_type(bits, x.dtype).reshape(-1, together * I)
         y = product(weight, jnp.pad(x, ((0, -x.shape[0] % _LANES), (0, 0))), _transposed(out_sharding))
         y = jax.lax.optimization_barrier(y)[:, :x.shape[0]]
         if together > 1:
             y = jnp.reshape(y, (O, rows), out_sharding=_like(weight))
-        return y.T.astype(x.dtype)
+        # What follows would otherwise be worked out column by column, in the order of what lies here.
+        return jax.lax.optimization_barrier(y.T.astype(x.dtype))
 
     def weighted_sum(x: jax.Array, weight: jax.Array) -> jax.Array:
         # Left to itself, XLA:CPU works x out again for every output, or writes a copy of it for each to memory that
@@ -95,15 +105,17 @@ def matmul(x: jax.Array, weight: jax.Array, out_sharding: NamedSharding | None =
         x, weight = jax.lax.optimization_barrier((x, weight))
         return jnp.sum(weight * x, axis=1)[None]
 
-    if x.dtype not in (jnp.bfloat16, jnp.float32) or rows_are_cut:
+    if x.dtype == jnp.float32 and rows_are_cut:
         return default(x, weight)
-    if x.shape[0] == 1 and (slices := _column_slices(weight)):
-        on_cpu: Callable[[jax.Array, jax.Array], jax.Array] = functools.partial(_sum_of_slices, slices=slices)
+    if rows_are_cut or x.dtype not in (jnp.bfloat16, jnp.float32):
+        on_cpu: Callable[[jax.Array, jax.Array], jax.Array] = default
+    elif x.shape[0] == 1 and (slices := _column_slices(weight)):
+        on_cpu = functools.partial(_sum_of_slices, slices=slices)
     elif x.dtype == jnp.bfloat16:
         on_cpu = weight_first if x.shape[0] <= _MAX_ROWS_BEHIND_WEIGHT else default
     else:
         on_cpu = weighted_sum if x.shape[0] == 1 else default
-    return jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=default)
+    return jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=on_accelerator)
 
 
 def _column_slices(weight: jax.Array) -> int:
