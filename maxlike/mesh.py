@@ -142,6 +142,18 @@ def make_mesh(devices: Sequence[DeviceRef | jax.Device] | None = None, *, data: 
                 axis_types=(AxisType.Explicit,) * (len(outer) + 2))
 
 
+def mesh_platform(mesh: Mesh) -> str:
+    """`"cpu"`, `"gpu"` or `"tpu"`: what the mesh's devices are, whether or not they are here."""
+    return mesh.devices.flat[0].platform
+
+
+def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
+    """What programs for the mesh's devices are compiled with, as `jax.jit` takes it."""
+    # Left to itself LLVM uses half of a 512-bit register: it reads a weight a fifth slower, and a training step takes
+    # 4 % longer. Where there are none it divides what it was asked for.
+    return {"xla_cpu_prefer_vector_width": 512} if mesh_platform(mesh) == "cpu" else None
+
+
 def as_mesh(devices: Devices, *, n_heads: int | None = None, n_kv_heads: int | None = None,
             **dimensions: int) -> Mesh:
     """`devices` itself when it is a mesh that fits, else what `make_mesh` makes of them; arguments as there.

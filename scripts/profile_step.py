@@ -45,8 +45,8 @@ def engine_step(args: argparse.Namespace, config: Any) -> tuple[Step, dict[str, 
     from maxlike.engine.flags import mesh_of_size
     from maxlike.engine.runner import ModelRunner
     from maxlike.kernels.paged_attention import implementation_named
+    from maxlike.mesh import mesh_platform
     from maxlike.models.build import build_model, compute_dtype, default_kv_params
-    from maxlike.nn.kv_cache import mesh_platform
 
     n, mesh = args.sequences, mesh_of_size(config, args.tp)
     n_new, n_cached = (1, args.length) if args.phase == "decode" else (args.length, 0)

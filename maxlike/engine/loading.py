@@ -12,14 +12,14 @@ from jax.typing import DTypeLike
 from maxlike.engine.config import EngineConfig
 from maxlike.engine.engine import Engine
 from maxlike.kernels.paged_attention import Implementation
-from maxlike.mesh import Devices
+from maxlike.mesh import Devices, mesh_platform
 from maxlike.models.build import mesh_for
 from maxlike.models.checkpoint import load_model
 from maxlike.models.hub import resolve
 from maxlike.models.peft import load_adapter
 from maxlike.models.registry import parse_config
 from maxlike.models.tokenizer import Tokenizer
-from maxlike.nn.kv_cache import KVScales, mesh_platform
+from maxlike.nn.kv_cache import KVScales
 from maxlike.nn.lora import merge_lora
 
 AdapterMode = Literal["merged", "live"]

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from maxlike.engine.config import ACCELERATOR_MEMORY_SHARE, CPU_MEMORY_SHARE, EngineConfig
 from maxlike.engine.runner import ModelRunner
-from maxlike.nn.kv_cache import mesh_platform
+from maxlike.mesh import mesh_platform
 
 
 def cache_bytes(runner: ModelRunner, config: EngineConfig) -> int:

@@ -36,7 +36,7 @@ from maxlike.engine.sampling import (
     score,
 )
 from maxlike.engine.sampling_params import MAX_EDITS
-from maxlike.nn.kv_cache import mesh_platform
+from maxlike.mesh import compiler_options, mesh_platform
 from maxlike.nn.transformer.distributed_transformer import DistributedTransformer
 
 SCORED_ROWS = 64
@@ -189,10 +189,7 @@ class ModelRunner:
 
         named = function.func if isinstance(function, partial) else function
         within_mesh.__name__ = named.__name__.lstrip("_")  # profiles call the program by it
-        # Left to itself LLVM uses half of a 512-bit register, and reads a weight a fifth slower. Where there are none
-        # it divides what it was asked for.
-        options = {"xla_cpu_prefer_vector_width": 512} if self.platform == "cpu" else None
-        return jax.jit(within_mesh, donate_argnums=donate, compiler_options=options)
+        return jax.jit(within_mesh, donate_argnums=donate, compiler_options=compiler_options(self.mesh))
 
     # -- what the programs compute
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from maxlike.mesh import Devices, ShardingRules, as_mesh, make_mesh, tensor_parallel_sizes
+from maxlike.mesh import Devices, ShardingRules, as_mesh, make_mesh, mesh_platform, tensor_parallel_sizes
 from maxlike.models.config import TransformerConfig
 from maxlike.nn.attention import AttentionWithRope
 from maxlike.nn.embedding import VocabParallelEmbedding
@@ -21,7 +21,6 @@ from maxlike.nn.kv_cache import (
     FetchPagedKVCacheCollection,
     KVCacheParams,
     KVCacheStrategy,
-    mesh_platform,
 )
 from maxlike.nn.linear import ColumnParallelLinear, DistributedGemmConfig
 from maxlike.nn.mlp import MLP

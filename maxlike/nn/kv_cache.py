@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from maxlike.kernels.paged_attention import (
@@ -37,7 +37,7 @@ from maxlike.kernels.paged_attention import (
     ragged_paged_attention,
 )
 from maxlike.kernels.ragged_attention import ragged_attention
-from maxlike.mesh import Devices, ShardingRules, as_mesh
+from maxlike.mesh import Devices, ShardingRules, as_mesh, mesh_platform
 
 TPU_LANES = 128
 SMALLEST_SCALE = 1e-8
@@ -218,11 +218,6 @@ class KVCacheParams:
     def pages_for(self, n_tokens: int) -> int:
         """Pages that a sequence of `n_tokens` tokens takes."""
         return -(-n_tokens // self.page_size)
-
-
-def mesh_platform(mesh: Mesh) -> str:
-    """`"cpu"`, `"gpu"` or `"tpu"`: what the mesh's devices are, whether or not they are here."""
-    return mesh.devices.flat[0].platform
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["pages", "cache_lengths", "page_table"],

@@ -154,9 +154,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be above 0; got {value}.")
-        if self.validate_every is not None and not self.data.validation_files:
-            raise ValueError("validate_every measures on data.validation_files, and there are none: give some, or "
-                             "leave it out.")
+        if self.validate_every is not None and not (self.data.validation_files or self.data.validation_fraction):
+            raise ValueError("validate_every measures on what is held out, and nothing is: give data.validation_files "
+                             "or a data.validation_fraction, or leave it out.")
         if self.model.from_scratch and self.lora is not None:
             raise ValueError("lora trains adapters on a model that knows something, and model.from_scratch begins with "
                              "random weights: leave one of them out.")

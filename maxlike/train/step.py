@@ -19,7 +19,7 @@ from jax import P
 from jax.sharding import Mesh, NamedSharding
 
 from maxlike.kernels import ragged_attention
-from maxlike.mesh import ShardingRules
+from maxlike.mesh import ShardingRules, compiler_options
 from maxlike.nn.transformer.distributed_transformer import DistributedTransformer
 from maxlike.nn.transformer.segments import CheckpointPolicy, named_parameters
 from maxlike.train.batch import Batch
@@ -153,7 +153,8 @@ class TrainStep:
 
     def __init__(self, model: DistributedTransformer, optimizer: Optimizer, config: StepConfig,
                  objective: Objective) -> None:
-        self._jitted = jax.jit(_make_step(model, optimizer, config, objective), donate_argnums=0)
+        self._jitted = jax.jit(_make_step(model, optimizer, config, objective), donate_argnums=0,
+                               compiler_options=compiler_options(model.mesh))
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """One step; `batch` as `place_batch` returns it."""
