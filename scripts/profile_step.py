@@ -174,7 +174,8 @@ def crash_message(code: int) -> str:
                 "model, fewer --sequences, or less --length.")
     return (f"The profiled process crashed ({name}) under jax {importlib.metadata.version('jax')}. If the same step "
             "runs without a profiler (maxlike generate, maxlike train), the fault is the profiler's: try "
-            "--steps 1, or a newer jax, which Python 3.12 and newer can have (pip install -U jax).")
+            "JAX_PLATFORMS=cpu where the TPU's compiler is installed and no TPU is there, --steps 1, or a newer jax, "
+            "which Python 3.12 and newer can have (pip install -U jax).")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -214,7 +214,7 @@ def _memory_lines(plan: Plan) -> Iterator[str]:
             ("temporaries", memory.temporaries), ("head-room", memory.head_room)]
     yield f"{'a device':<20}{'GB':>10}{'share':>8}"
     for name, size in rows:
-        if size or name != "KV cache":
+        if size or name not in ("KV cache", "temporaries"):  # of a program that was refused they are not known
             yield f"{name:<20}{size / GB:>10.3f}{size / memory.limit:>8.1%}"
 
 

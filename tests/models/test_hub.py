@@ -207,6 +207,8 @@ def test_a_config_is_found_without_the_rest(tmp_path, cache, online):
     assert resolve_config(tmp_path) == resolve_config(tmp_path / "config.json") == tmp_path / "config.json"
     assert resolve_config(str(tmp_path / "some-model.json")) == tmp_path / "some-model.json"
     assert resolve_config(tmp_path / "none") == tmp_path / "none" / "config.json"  # which its reader will miss
+    with pytest.raises(ValueError, match=r"there is no file '.*missing\.json': give a config\.json, a folder"):
+        resolve_config(tmp_path / "missing.json")
     assert resolve_config("org/name") == cache / COMMIT / "config.json"
     calls = online(tmp_path)
     assert resolve_config("org/name") == tmp_path / "config.json"
