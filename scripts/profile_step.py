@@ -107,7 +107,7 @@ def training_step(args: argparse.Namespace, config: Any) -> tuple[Step, dict[str
     weights[:, -1] = 0
     offsets = np.tile(np.arange(0, ids.size // shards + 1, args.length, dtype=np.int32), (shards, 1))
     batch = place_batch(Batch(ids.reshape(-1), np.roll(ids, -1, 1).reshape(-1), weights.reshape(-1), offsets), mesh)
-    compiled = make_train_step(model, optimizer, StepConfig(args.dtype or "bfloat16", args.remat)).lower(
+    compiled = make_train_step(model, optimizer, StepConfig(args.dtype or "bfloat16", args.remat or "full")).lower(
         state, batch).compile()
     changed, frozen = (state.step, state.params, state.opt_state), state.frozen
     del model, state  # the first step takes their arrays
@@ -204,7 +204,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--kv-cache-dtype", choices=["float32", "bfloat16", "float8_e4m3fn"], help="default: --dtype's, "
                       "float32 on CPU")
     made.add_argument("--attention", choices=["xla", "mosaic_tpu", "mosaic_gpu"], help="default: the devices' own")
-    made.add_argument("--remat", choices=["none", "dots", "full"], default="full", help="in training; default full")
+    made.add_argument("--remat", choices=["none", "dots", "full"], help="in training; default full")
     made.add_argument("--scan", action=argparse.BooleanOptionalAction, help="layers of one structure as a loop; "
                       "default: yes, but on CPU")
     made.add_argument("--here", action="store_true", help="profile in this process, for a debugger")
@@ -215,6 +215,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Profiles and prints; the exit code is 2 for bad input, 1 where the profiler crashed."""
     given = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(given)
+    foreign = ("attention", "kv_cache_dtype") if args.phase == "train" else ("remat",)
+    if meaningless := [f"--{name.replace('_', '-')}" for name in foreign if getattr(args, name) is not None]:
+        print(f"{args.phase} has no {' and no '.join(meaningless)}: leave it out.", file=sys.stderr)
+        return 2
     if not args.here:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(
             [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}

@@ -55,11 +55,12 @@ def resolve_config(model: str | os.PathLike[str]) -> Path:
     path = os.path.expanduser(os.fspath(model))
     if os.path.isfile(path):
         return Path(path)
-    if path.endswith(".json"):
+    if not path or (path.endswith(".json") and not os.path.isdir(path)):
         raise ValueError(f"there is no file {path!r}: give a config.json, a folder that has one, or a hub id like "
                          "'org/name'")
-    folder = Path(path) if os.path.isdir(path) or _looks_like_a_path(path) else _fetch(path, None, ("config.json",))
-    return folder / "config.json"
+    if os.path.isdir(path) or not isinstance(model, str) or _looks_like_a_path(path):
+        return Path(path) / "config.json"
+    return _fetch(path, None, ("config.json",)) / "config.json"
 
 
 def _looks_like_a_path(name: str) -> bool:

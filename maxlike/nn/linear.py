@@ -1,7 +1,7 @@
 """Linear layers under tensor parallelism (Megatron-LM, https://arxiv.org/abs/1909.08053).
 
-Weights are `[out, in]`, as checkpoints store them, and products contract both last dimensions into float32: on
-XLA:CPU any other form reads memory several times slower, on accelerators it makes no difference.
+Weights are `[out, in]`, as checkpoints store them, and products contract both last dimensions, on CPU into float32:
+there any other form reads memory several times slower. On accelerators it makes no difference how a weight lies.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
@@ -23,6 +24,7 @@ from maxlike.kernels.collective_matmul import matmul_allreduce
 from maxlike.mesh import Devices, ShardingRules, as_mesh
 from maxlike.nn.module import Module, create_param, gathered, on_mesh_of, rows_of
 
+_Product = Callable[[jax.Array, jax.Array], jax.Array]
 _lecun_normal = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
 
 
@@ -105,17 +107,29 @@ def matmul(x: jax.Array, weight: jax.Array, out_sharding: NamedSharding | None =
         x, weight = jax.lax.optimization_barrier((x, weight))
         return jnp.sum(weight * x, axis=1)[None]
 
-    if x.dtype == jnp.float32 and rows_are_cut:
-        return default(x, weight)
-    if rows_are_cut or x.dtype not in (jnp.bfloat16, jnp.float32):
-        on_cpu: Callable[[jax.Array, jax.Array], jax.Array] = default
-    elif x.shape[0] == 1 and (slices := _column_slices(weight)):
-        on_cpu = functools.partial(_sum_of_slices, slices=slices)
-    elif x.dtype == jnp.bfloat16:
-        on_cpu = weight_first if x.shape[0] <= _MAX_ROWS_BEHIND_WEIGHT else default
-    else:
-        on_cpu = weighted_sum if x.shape[0] == 1 else default
+    on_cpu: _Product = default
+    if not rows_are_cut and x.dtype in (jnp.bfloat16, jnp.float32):
+        if x.shape[0] == 1 and (slices := _column_slices(weight)):
+            on_cpu = _differentiable(functools.partial(_sum_of_slices, slices=slices), default)
+        elif x.dtype == jnp.bfloat16 and x.shape[0] <= _MAX_ROWS_BEHIND_WEIGHT:
+            on_cpu = _differentiable(weight_first, default)
+        elif x.shape[0] == 1:
+            on_cpu = _differentiable(weighted_sum, default)
     return jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=on_accelerator)
+
+
+def _differentiable(product: _Product, plain: _Product) -> _Product:
+    """A product with the derivative of a `plain` one, since its own would be lost where numbers are taken for bits."""
+    primal = jax.custom_jvp(product)
+
+    @functools.partial(primal.defjvp, symbolic_zeros=True)
+    def tangent(primals: tuple[jax.Array, jax.Array], tangents: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+        (x, weight), (dx, dweight) = primals, tangents
+        parts = [plain(*operands) for of, operands in ((dx, (dx, weight)), (dweight, (x, dweight)))
+                 if not isinstance(of, SymbolicZero)]  # a weight that is not trained costs nothing
+        return primal(x, weight), functools.reduce(jnp.add, parts)
+
+    return primal
 
 
 def _column_slices(weight: jax.Array) -> int:

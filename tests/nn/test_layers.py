@@ -152,6 +152,18 @@ def test_products_accumulate_in_float32(rows: int, n_out: int, dtype: Any) -> No
     assert product == ("bf16" if dtype == BF16 else "f32")
 
 
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 64])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_products_of_few_rows_have_derivatives(rows: int, dtype: Any) -> None:
+    x, weight, dy = (jnp.asarray(normal(seed, *shape), dtype)
+                     for seed, shape in enumerate(((rows, 2048), (64, 2048), (rows, 64))))
+    y, back = jax.vjp(jax.jit(matmul), x, weight)
+    assert y.dtype == dtype
+    for found, expected in zip(back(dy), (double(dy) @ double(weight), double(dy).T @ double(x)), strict=True):
+        assert found.dtype == dtype
+        close(found, expected, 2**-8 if dtype == BF16 else 4e-6)
+
+
 @pytest.mark.parametrize("rows", [2, 8, 16])
 def test_on_cpu_a_weight_is_the_left_operand_of_few_rows(rows: int) -> None:
     x, weight = jnp.zeros((rows, 8192), BF16), jnp.zeros((384, 8192), BF16)

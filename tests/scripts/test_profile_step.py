@@ -90,6 +90,9 @@ def test_bad_input_takes_one_line() -> None:
     done = run("decode", "--tp", "3", "--here")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "3" in done.stderr
     assert "'0'" in run("prefill", "--length", "0").stderr
+    assert "decode has no --remat" in run("decode", "--remat", "full").stderr
+    assert "train has no --attention and no --kv-cache-dtype" in run(
+        "train", "--attention", "xla", "--kv-cache-dtype", "float32").stderr
     told = run("--help")
     assert told.returncode == 0 and "{decode,prefill,train}" in told.stdout
 
