@@ -95,8 +95,7 @@ def _prepare_for_plans() -> None:
     for name, value in (("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"), ("TPU_SKIP_MDS_QUERY", "1"),
                         ("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_ACCELERATOR_TYPE", "v6e-4")):
         os.environ.setdefault(name, value)
-    if jax.config.jax_platforms is None:  # type: ignore[attr-defined]
-        jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", "cpu")  # whatever JAX_PLATFORMS asks for: there may be no such device
     # A program kept by a host without the device could not be loaded again.
     jax.config.update("jax_enable_compilation_cache", False)
 

@@ -51,6 +51,12 @@ class Parameter:
         """Whether it multiplies: not norms and biases."""
         return len(self.shape) - self.stacked >= 2
 
+    def adapters(self, rank: int) -> Iterator[Parameter]:
+        """A and B of LoRA for a matrix: each is cut as the weight along the dimension that they share."""
+        for dimension in (-1, -2):
+            yield replace(self, shape=(*self.shape[:-2], rank, self.shape[dimension]),
+                          axes=(*self.axes[:-2], (), self.axes[dimension]), itemsize=_FLOATS)
+
     def elements(self, mesh: Mapping[str, int]) -> int:
         """Numbers on each device of a mesh with axes of these sizes, padding included."""
         return math.prod(-(-size // math.prod(mesh.get(axis, 1) for axis in axes))
@@ -91,17 +97,17 @@ class Shapes:
         """Whether embedding and head are one."""
         return self.config.tie_word_embeddings
 
-    def _multiplied(self) -> Iterator[tuple[Parameter, bool]]:
-        """The matrices that tokens are multiplied by, and whether it is the head's."""
+    def _used(self) -> Iterator[tuple[Parameter, bool]]:
+        """The parameters that a step uses whole, and whether it is the head's: all but the
+        embedding's, of which a step needs few rows."""
         for parameter in self.parameters:
             head = parameter.name.startswith("embedding." if self.tied else "output.")
-            if parameter.is_matrix and (head or not parameter.name.startswith("embedding.")):
+            if head or not parameter.name.startswith("embedding."):
                 yield parameter, head
 
-    def read(self, mesh: Mapping[str, int]) -> int:
-        """Bytes of weights that a step reads on each device: all but the embedding's, of which it needs few rows."""
-        return sum(parameter.nbytes(mesh) for parameter in self.parameters
-                   if self.tied or not parameter.name.startswith("embedding."))
+    def read(self, mesh: Mapping[str, int], *, head: bool) -> int:
+        """Bytes of weights that a step reads on each device, with those of the head or without."""
+        return sum(parameter.nbytes(mesh) for parameter, heads in self._used() if head or not heads)
 
     def flops(self, mesh: Mapping[str, int], tokens: int, rows: int, attended: float) -> float:
         """Operations of a step on each device: two for each weight and token, of the head for each row that is drawn
@@ -111,7 +117,7 @@ class Shapes:
             attended: by all tokens together, `attended_by`.
         """
         products = sum(2 * parameter.elements(mesh) * (rows if head else tokens)
-                       for parameter, head in self._multiplied())
+                       for parameter, head in self._used() if parameter.is_matrix)
         width = self.config.num_attention_heads * self.config.head_dim / tensor_parallel(mesh)
         return products + 4 * width * attended
 

@@ -93,6 +93,11 @@ class Topology:
         return self.n_chips * (1 if self.chip is None else self.chip.devices_per_chip)
 
     @property
+    def platform(self) -> Literal["cpu", "tpu", "gpu"]:
+        """What programs are compiled for."""
+        return "cpu" if self.chip is None else self.chip.platform
+
+    @property
     def several_hosts(self) -> bool:
         """Whether it takes more than one host: of eight chips, of those in a 3D torus four."""
         return self.chip is not None and self.n_chips > (4 if self.chip.dimensions == 3 else 8)
@@ -118,6 +123,11 @@ class Topology:
             larger for larger in slices_of(self.chip) if larger.n_chips > self.n_chips]
 
 
+def chip_named(name: str) -> Chip | None:
+    """The chip of a name, `v7x` being another for `tpu7x`; `None` where there is none."""
+    return CHIPS.get("tpu7x" if name == "v7x" else name)
+
+
 def slices_of(chip: Chip) -> list[Topology]:
     """The slices of a chip that are sold, ascending; of GPUs what one host has."""
     return [Topology(chip, shape) for shape in _SLICES[chip.dimensions]]
@@ -131,7 +141,7 @@ def parse_topology(name: str) -> Topology:
     """
     match = re.fullmatch(r"([a-z0-9]+)(?::(\d+(?:x\d+)*))?", name.strip().lower())
     kind, shape = (match[1], tuple(map(int, (match[2] or "1").split("x")))) if match else ("", ())
-    chip = CHIPS.get("tpu7x" if kind == "v7x" else kind)
+    chip = chip_named(kind)
     if (chip is None and kind != "cpu") or not all(shape):
         raise ValueError(f"A topology is a chip and how many there are, as v5e:4x8, v5p:2x2x4, h200:8 or cpu:1; got "
                          f"{name!r}. The chips are {', '.join(CHIPS)} and cpu.")

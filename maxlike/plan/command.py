@@ -59,10 +59,10 @@ def add_command(commands: Any, embedded_model: str) -> None:
     training.add_argument("--train", action="store_true", help="plan a training step rather than serving")
     training.add_argument("--fsdp", type=int, metavar="N", help="parts of weights, optimizer and batch; default: what "
                           "--data and --tp leave")
-    training.add_argument("--tokens-per-batch", type=int, metavar="N", help="default: 4096 for each part that a batch "
-                          "is cut into")
+    training.add_argument("--tokens-per-batch", type=int, metavar="N", help="over all devices; default: 4096 for each "
+                          "part that a batch is cut into")
     training.add_argument("--remat", choices=["none", "full", "dots"], help="default full")
-    training.add_argument("--accumulation", type=int, metavar="N", help="micro-batches of a step; default 1")
+    training.add_argument("--accumulation", type=int, metavar="N", help="batches of a step; default 1")
     training.add_argument("--optimizer", choices=["adamw", "adafactor", "lion", "muon", "sgd"], help="default adamw")
     training.add_argument("--lora-rank", type=int, metavar="N", help="train adapters of this rank rather than all "
                           "weights")
@@ -105,6 +105,9 @@ def _run(args: argparse.Namespace) -> int:
         return 0 if found.fits else 1
     if args.data is not None and not args.train:
         raise ValueError("--sweep tries every number of replicas: leave --data out.")
+    if args.train and (args.tp is not None or args.fsdp is not None):
+        raise ValueError("--sweep tries every tensor-parallel size of training, and --fsdp is what that leaves: leave "
+                         f"{'--fsdp' if args.tp is None else '--tp'} out.")
     if args.plot is not None:
         check_plot(args.plot)
     plans = sweep(args.model, args.sweep, options, compile=args.compile)

@@ -54,6 +54,10 @@ class DoesNotFitError(Exception):
                 "GB that there are.")
 
 
+class NoSuchTopologyError(ValueError):
+    """The compiler knows no slice of this shape."""
+
+
 def compile_all(programs: Sequence[jax.stages.Lowered], platform: str) -> list[Compiled]:
     """Compiles programs side by side.
 
@@ -69,8 +73,8 @@ def devices_of(topology: Topology) -> list[jax.Device]:
     """The devices of a TPU topology that is not there, or of this machine's CPU.
 
     Raises:
-        ValueError: libtpu is not installed or in use, the shape is none that the chip has, or there are too few CPU
-            devices.
+        NoSuchTopologyError: the shape is none that the chip has.
+        ValueError: libtpu is not installed or in use, or there are too few CPU devices.
     """
     if topology.chip is None:
         present = jax.devices("cpu")
@@ -90,7 +94,7 @@ def devices_of(topology: Topology) -> list[jax.Device]:
         if "libtpu_lockfile" in str(error) or "already in use" in str(error):
             raise ValueError("The TPU's compiler is in use by another process, and lets in others only where the "
                              "environment has ALLOW_MULTIPLE_LIBTPU_LOAD=1 (`maxlike plan` sets it).") from error
-        raise ValueError(f"There is no topology {topology.name}: {_line(error)}") from error
+        raise NoSuchTopologyError(f"There is no topology {topology.name}: {_line(error)}") from error
     return list(described.devices)
 
 
@@ -100,7 +104,6 @@ def host_memory() -> int:
 
 
 def _compile(lowered: jax.stages.Lowered, platform: str) -> Compiled:
-    # Without the disk: a program found there could not be loaded on a host that lacks the device.
     with tempfile.TemporaryDirectory(prefix="maxlike-plan-") as folder:
         # `as_text` cannot read what newer TPU compilers write of some asynchronous operations; the compiler itself can.
         options: Any = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if platform == "tpu" else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from maxlike.engine.config import EngineConfig
 from maxlike.mesh import check_tensor_parallel_size, tensor_parallel_sizes
@@ -15,6 +15,7 @@ from maxlike.train.step import StepConfig
 
 LONGEST_CONTEXT = 4096
 """Tokens that sequences are taken to have while they are decoded, where nothing is said and the model takes so many."""
+Optimizer = Literal["adamw", "adafactor", "lion", "muon", "sgd"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Training:
         tp: tensor-parallel size.
         data: copies of everything, each with its part of a batch.
         fsdp: parts into which weights, optimizer and batch are cut; what the others leave.
-        tokens_per_batch: of a step, over all devices; 4,096 for each part that a batch is cut into, and micro-batch.
+        tokens_per_batch: over all devices; 4,096 for each part that a batch is cut into. A step takes `accumulation`
+            batches.
         dtype: that is computed in; weights that are trained, and the optimizer, are float32.
         remat, accumulation: as `StepConfig` has them.
         optimizer: as `OptimizerConfig.name`.
@@ -72,12 +74,14 @@ class Training:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["none", "full", "dots"] = "full"
     accumulation: int = 1
-    optimizer: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
+    optimizer: Optimizer = "adamw"
     lora_rank: int | None = None
 
     def __post_init__(self) -> None:
         _check_positive(self, "tp", "data", "fsdp", "tokens_per_batch", "lora_rank")
         self.step  # noqa: B018  refuses what is wrong with it
+        if self.optimizer not in get_args(Optimizer):
+            raise ValueError(f"optimizer must be one of {', '.join(get_args(Optimizer))}; got {self.optimizer!r}.")
 
     @property
     def step(self) -> StepConfig:
@@ -94,16 +98,16 @@ class Training:
         if self.data * fsdp * self.tp != n_devices:
             raise ValueError(f"data {self.data} x fsdp {fsdp} x tp {self.tp} does not use the {n_devices} devices; the "
                              "product must be their number.")
-        cut = self.data * fsdp * self.accumulation
-        if self.tokens_per_batch is not None and self.tokens_per_batch % cut:
-            raise ValueError(f"tokens_per_batch must be a multiple of the {cut} equal parts that data, fsdp and "
-                             f"accumulation make of it; got {self.tokens_per_batch}.")
-        return fsdp, self.data * fsdp
+        parts = self.data * fsdp
+        if self.tokens_per_batch is not None and self.tokens_per_batch % parts:
+            raise ValueError(f"tokens_per_batch must be a multiple of the {parts} equal parts that data and fsdp make "
+                             f"of it; got {self.tokens_per_batch}.")
+        return fsdp, parts
 
     def tokens_per_part(self, n_devices: int) -> int:
-        """Tokens of a part of a micro-batch: those that a device works on at a time."""
+        """Tokens of a part of a batch: those that a device works on at a time."""
         _, parts = self.parts(n_devices)
-        return 4096 if self.tokens_per_batch is None else self.tokens_per_batch // (parts * self.accumulation)
+        return 4096 if self.tokens_per_batch is None else self.tokens_per_batch // parts
 
 
 Options = Serving | Training
@@ -133,7 +137,7 @@ def tensor_parallel_size(config: TransformerConfig, options: Serving, topology: 
     """
     heads, n_devices = _heads(config), topology.n_devices
     if options.tp is not None:
-        check_tensor_parallel_size(options.tp, **heads)
+        check_heads(config, options.tp)
         if options.tp > n_devices:
             raise ValueError(f"tp {options.tp} was asked for; a replica has {n_devices} device{'s' * (n_devices > 1)}.")
     tp = options.tp or max(n for n in tensor_parallel_sizes(**heads) if n <= n_devices)
@@ -142,6 +146,15 @@ def tensor_parallel_size(config: TransformerConfig, options: Serving, topology: 
         raise ValueError(f"Over several hosts a mesh uses all of a slice's devices, here {n_devices}; tp {tp} {why}. "
                          "Give --data, so that replicas fill the slice, or a smaller slice.")
     return tp
+
+
+def check_heads(config: TransformerConfig, tp: int) -> None:
+    """Refuses a tensor-parallel size that a model cannot be cut into.
+
+    Raises:
+        ValueError: it is one; lists those that are not.
+    """
+    check_tensor_parallel_size(tp, **_heads(config))
 
 
 def legal_sizes(config: TransformerConfig, most: int) -> list[int]:

@@ -23,6 +23,9 @@ def plan(model: str | os.PathLike[str] | TransformerConfig, topology: str, optio
     """What `model` takes on `topology`, and how fast it can be at most, from its `config.json` alone.
 
     For TPUs and CPUs the programs that the engine or the trainer would run are compiled; for GPUs it is arithmetic.
+    The TPU's compiler is quiet on a machine without TPUs, and several processes may use it, where the environment has
+    `TPU_SKIP_MDS_QUERY=1`, `TPU_WORKER_HOSTNAMES=localhost`, `TPU_ACCELERATOR_TYPE=v6e-4` and
+    `ALLOW_MULTIPLE_LIBTPU_LOAD=1` before it is first used, as `maxlike plan` has it.
 
     Args:
         model: a folder, a `config.json`, a hub id, of which nothing else is downloaded; or what was read from one.

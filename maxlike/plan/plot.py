@@ -9,7 +9,7 @@ from typing import Any
 from maxlike.bench.plot import check_plot, save_plot
 from maxlike.plan.chips import parse_topology
 from maxlike.plan.result import Plan, described
-from maxlike.plan.sweep import per_chip
+from maxlike.plan.sweep import method_of, per_chip
 
 _BARS = 16
 _PARTS = {"weights": "weights", "cache": "KV cache", "state": "slots, or optimizer", "temporaries": "temporaries"}
@@ -30,8 +30,7 @@ def plot(plans: Sequence[Plan], file: Path) -> None:
 
     figure = Figure(figsize=(13, 6), layout="constrained")
     verb = "served" if plans[0].use == "serve" else "trained"
-    how = "by arithmetic" if plans[0].method == "arithmetic" else "compiled"
-    figure.suptitle(f"{plans[0].model}, {verb}: what a topology can do at most, {how}", wrap=True)
+    figure.suptitle(f"{plans[0].model}, {verb}: what a topology can do at most, {method_of(plans)}", wrap=True)
     left, right = figure.subplots(1, 2)
     _draw_yield(left, [plan for plan in plans if plan.fits])
     best: dict[str, Plan] = {}

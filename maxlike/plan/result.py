@@ -172,6 +172,14 @@ class Plan:
         return "\n".join(_lines(self))
 
 
+def missing(head_room: int) -> str:
+    """Why it does not fit, where so many bytes are left on each device; empty where it does."""
+    if head_room >= 0:
+        return ""
+    size = f"{-head_room / GB:,.2f} GB" if -head_room >= GB / 100 else f"{-head_room / 1e6:.3f} MB"
+    return f"{size} are missing on each device."
+
+
 def described(mesh: Mapping[str, int]) -> str:
     """A mesh in words."""
     return " x ".join(f"{axis} {size}" for axis, size in mesh.items())
@@ -214,17 +222,20 @@ def _memory_lines(plan: Plan) -> Iterator[str]:
             ("temporaries", memory.temporaries), ("head-room", memory.head_room)]
     yield f"{'a device':<20}{'GB':>10}{'share':>8}"
     for name, size in rows:
-        if size or name not in ("KV cache", "temporaries"):  # of a program that was refused they are not known
+        # Of a program that was refused they may not be known.
+        if size or name not in ("KV cache", "temporaries"):
             yield f"{name:<20}{size / GB:>10.3f}{size / memory.limit:>8.1%}"
 
 
 def _cache_lines(cache: Cache) -> Iterator[str]:
     yield ""
-    each = cache.tokens // cache.max_num_seqs
+    # A sequence takes whole pages.
+    sequences, longest = min(cache.max_num_seqs, cache.pages), -(-cache.max_model_len // cache.page_size)
+    each = min(cache.pages // sequences * cache.page_size, cache.max_model_len)
     yield (f"The cache of a replica holds {cache.tokens:,} tokens ({cache.pages:,} pages of {cache.page_size}, "
            f"{cache.dtype}, {cache.bytes_per_token:,.0f} bytes a token and device):")
-    yield (f"{cache.max_num_seqs} sequences of {min(each, cache.max_model_len):,}, or "
-           f"{min(cache.tokens // cache.max_model_len, cache.max_num_seqs):,} of the longest, {cache.max_model_len:,}.")
+    yield (f"{sequences} sequences of {each:,}, or {min(cache.pages // longest, cache.max_num_seqs):,} of the longest, "
+           f"{cache.max_model_len:,}.")
 
 
 def _step_lines(plan: Plan) -> Iterator[str]:

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from maxlike.engine.batch import bucket_for
-from maxlike.engine.config import EngineConfig
+from maxlike.engine.config import ACCELERATOR_MEMORY_SHARE, CPU_MEMORY_SHARE, EngineConfig
 from maxlike.engine.memory import pages_of_use, room_on_accelerator, room_on_cpu
 from maxlike.engine.runner import ModelRunner
 from maxlike.engine.sampling import empty_state
@@ -21,11 +21,18 @@ from maxlike.models.build import abstract_model, build_model, compute_dtype, mes
 from maxlike.models.config import TransformerConfig
 from maxlike.nn.kv_cache import KVCacheParams, KVScales, as_cache_dtype
 from maxlike.plan.arithmetic import KnownShapes, Shapes, bytes_on_a_device, mesh_sizes, parameters_of
-from maxlike.plan.chips import GB, Topology
+from maxlike.plan.chips import Topology
 from maxlike.plan.collectives import Collective, together
-from maxlike.plan.compiling import Compiled, DoesNotFitError, compile_all, devices_of, host_memory
+from maxlike.plan.compiling import (
+    Compiled,
+    DoesNotFitError,
+    NoSuchTopologyError,
+    compile_all,
+    devices_of,
+    host_memory,
+)
 from maxlike.plan.options import LONGEST_CONTEXT, Serving, replica_topologies, tensor_parallel_size
-from maxlike.plan.result import Cache, Memory, Plan, StepPlan
+from maxlike.plan.result import Cache, Memory, Plan, StepPlan, missing
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,9 @@ class Asked:
     Args:
         model: what it is called.
         whole: the topology of all replicas.
+
+    Raises:
+        ValueError: the engine cannot be of this size for the model, or its sequences are shorter than the context.
     """
 
     model: str
@@ -42,10 +52,18 @@ class Asked:
     whole: Topology
     options: Serving
 
+    def __post_init__(self) -> None:
+        context, longest = self.options.context, self.engine.max_model_len
+        assert longest is not None
+        if context is not None and context > longest:
+            raise ValueError(f"A context of {context:,} tokens was asked for, and max_model_len allows sequences of "
+                             f"{longest:,}: give a smaller context, or a larger max_model_len where the model takes "
+                             f"it ({self.config.max_position_embeddings:,}).")
+
     @property
     def platform(self) -> str:
         """What programs are compiled for."""
-        return "cpu" if self.whole.chip is None else self.whole.chip.platform
+        return self.whole.platform
 
     @property
     def engine(self) -> EngineConfig:
@@ -92,6 +110,16 @@ class Sized:
     pages: int = 0
     problem: str = ""
 
+    @property
+    def cache(self) -> int:
+        """Of all pages."""
+        return self.pages * self.shapes.bytes_per_page(self.mesh, self.topology.platform)
+
+    @property
+    def head_room(self) -> int:
+        """What is left. As when the engine decides on the pages, the masks are not there yet."""
+        return self.limit - self.weights - self.cache - self.state - self.temporaries
+
 
 def compile_serving(asked: Asked) -> Plan:
     """The plan by the compiler's reckoning.
@@ -130,8 +158,11 @@ def compile_serving(asked: Asked) -> Plan:
         unique = list(dict.fromkeys(keys))
         programs = dict(zip(unique, compile_all([runner.lower(*key) for key in unique], asked.platform), strict=True))
     except DoesNotFitError as refused:
-        return write_down(asked, replace(sized, problem=refused.problem("a program that")), {})
+        counted = sized.limit - sized.head_room
+        return write_down(asked, replace(sized, problem=refused.problem("a program that"), temporaries=(
+            sized.temporaries + max(0, (refused.needed or 0) - counted))), {})
     sized = replace(sized, temporaries=max(program.temporaries for program in (*programs.values(), *tail)))
+    sized = replace(sized, problem=missing(sized.head_room))
     collectives = {"decode": together(programs[key].collectives for key in keys[1:3]),
                    "prefill": programs[keys[0]].collectives}
     return write_down(asked, sized, collectives, method="compiled")
@@ -172,9 +203,8 @@ def decoded(asked: Asked, sized: Sized) -> tuple[int, int]:
     """`(sequences, context)` of the decode step that the plan tells of: as many as the cache holds at that length."""
     engine = asked.engine
     assert engine.max_num_seqs is not None and engine.max_model_len is not None and engine.page_size is not None
-    room = sized.pages * engine.page_size
-    context = min(asked.options.context or LONGEST_CONTEXT, engine.max_model_len, room)
-    return max(1, min(engine.max_num_seqs, room // context)), context
+    context = min(asked.options.context or LONGEST_CONTEXT, engine.max_model_len, sized.pages * engine.page_size)
+    return min(engine.max_num_seqs, sized.pages // sized.shapes.kv_params.pages_for(context)), context
 
 
 def write_down(asked: Asked, sized: Sized, collectives: Mapping[str, tuple[Collective, ...]], *,
@@ -190,8 +220,7 @@ def write_down(asked: Asked, sized: Sized, collectives: Mapping[str, tuple[Colle
         topology=asked.whole.name, use="serve", method="arithmetic" if method == "arithmetic" else "compiled",
         mesh=mesh, replicas=asked.options.data, devices=asked.whole.n_devices, dtype=asked.dtype.name,
         fits=not sized.problem,
-        memory=Memory(sized.limit, sized.weights, sized.pages * of_a_page, sized.state + sized.masks,
-                      sized.temporaries),
+        memory=Memory(sized.limit, sized.weights, sized.cache, sized.state + sized.masks, sized.temporaries),
         cache=cache, steps=tuple(_steps(asked, sized, collectives)), problem=sized.problem, suggestions=(),
         notes=tuple(_notes(asked, sized)), chip=asked.whole.chip)
 
@@ -204,16 +233,15 @@ def _steps(asked: Asked, sized: Sized, collectives: Mapping[str, tuple[Collectiv
     sequences, context = decoded(asked, sized)
     tokens = engine.max_num_batched_tokens
     longest = min(tokens, engine.max_model_len)
-    read = shapes.read(mesh)
     decode, prompt = (shapes.attended_by(sequences, context, prompt=False),
                       shapes.attended_by(tokens, longest, prompt=True))
     written = shapes.cache_read(mesh, asked.platform, tokens * len(asked.config.layers))
     return [
         timed(sized.topology, "decode", sequences, sequences, context,
-              read + shapes.cache_read(mesh, asked.platform, decode),
+              shapes.read(mesh, head=True) + shapes.cache_read(mesh, asked.platform, decode),
               shapes.flops(mesh, sequences, sequences, decode), collectives["decode"]),
-        timed(sized.topology, "prefill", tokens, -(-tokens // longest), longest, read + written,
-              shapes.flops(mesh, tokens, 0, prompt), collectives["prefill"])]
+        timed(sized.topology, "prefill", tokens, -(-tokens // longest), longest,
+              shapes.read(mesh, head=False) + written, shapes.flops(mesh, tokens, 0, prompt), collectives["prefill"])]
 
 
 def timed(topology: Topology, name: str, tokens: int, sequences: int, context: int, nbytes: float, flops: float,
@@ -229,12 +257,12 @@ def timed(topology: Topology, name: str, tokens: int, sequences: int, context: i
 
 
 def _replica(asked: Asked) -> tuple[Topology, Mesh]:
-    problem: ValueError | None = None
+    problem: NoSuchTopologyError | None = None
     for topology in replica_topologies(asked.whole, asked.options):
         tp = tensor_parallel_size(asked.config, asked.options, topology)
         try:
             devices = devices_of(topology)
-        except ValueError as error:  # not every part of a slice is one that can be had
+        except NoSuchTopologyError as error:  # not every part of a slice is one that can be had
             problem = problem or error
             continue
         return topology, mesh_for(asked.config, devices[:tp])
@@ -247,23 +275,35 @@ def _room(engine: EngineConfig, room: int) -> int:
 
 
 def _with_pages(asked: Asked, sized: Sized, pages: int, room: int) -> Sized:
-    """With the cache that there is room for, or why it will not do: where the engine would raise an error."""
+    """With the cache that there is room for, or why it will not do: where the engine would raise an error, or the
+    device have no memory left."""
     engine = asked.engine
     assert engine.page_size is not None
-    if engine.num_pages is not None:
-        pages = engine.num_pages
-    asked_for = asked.options.engine.max_model_len
-    of_a_page = sized.shapes.bytes_per_page(sized.mesh, asked.platform)
-    if pages < 1:
-        missing = of_a_page - room
-        return replace(sized, problem=(
-            f"weights, slots and temporaries leave no room for a page of the KV cache within "
-            f"{engine.memory_share or 0.9:.0%} of a device's memory; {missing / GB:.2f} GB are missing."))
-    if asked_for is not None and pages * engine.page_size < asked_for:
-        return replace(sized, pages=pages, problem=(
-            f"the KV cache has room for {pages * engine.page_size:,} tokens, and sequences of {asked_for:,} were asked "
-            "for."))
-    return replace(sized, pages=pages)
+    sized = replace(sized, pages=pages if engine.num_pages is None else engine.num_pages)
+    if sized.pages < 1:
+        return replace(sized, problem=_no_page(asked, sized, room))
+    if problem := missing(sized.head_room):
+        return replace(sized, problem=problem)
+    asked_for, tokens = asked.options.engine.max_model_len, sized.pages * engine.page_size
+    if asked_for is not None and tokens < asked_for:
+        return replace(sized, problem=f"the KV cache has room for {tokens:,} tokens, and sequences of {asked_for:,} "
+                                      "were asked for.")
+    return sized
+
+
+def _no_page(asked: Asked, sized: Sized, room: int) -> str:
+    """Why there is not even room for a page."""
+    engine, of_a_page = asked.engine, sized.shapes.bytes_per_page(sized.mesh, asked.platform)
+    if engine.kv_cache_memory is not None:
+        return (f"kv_cache_memory is {engine.kv_cache_memory:,} bytes, and a page of the KV cache takes {of_a_page:,} "
+                "on each device.")
+    if asked.platform == "cpu":
+        where = (f"a page of the KV cache has no room in {engine.memory_share or CPU_MEMORY_SHARE:.0%} of what the "
+                 "host has free beside the weights")
+    else:
+        where = ("weights, slots and temporaries leave no room for a page of the KV cache within "
+                 f"{engine.memory_share or ACCELERATOR_MEMORY_SHARE:.0%} of a device's memory")
+    return f"{where}; {missing(room - of_a_page)}"
 
 
 def _state_bytes(engine: EngineConfig, asked: Asked) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -46,7 +45,7 @@ Candidate = tuple[str, Any, Topology, dict[str, Any]]
 
 
 def _candidates(config: TransformerConfig, topology: Topology, options: Options, found: Plan) -> Iterator[Candidate]:
-    """Flag, its value, and what both mean; of each flag the smallest change first."""
+    """Flag, its value (or that and what goes with it), and what they mean; of each flag the smallest change first."""
     if isinstance(options, Serving):
         yield from _for_serving(config, topology, options, found)
     else:
@@ -85,10 +84,12 @@ def _for_training(topology: Topology, options: Training) -> Iterator[Candidate]:
         yield "--remat", "full", topology, {"remat": "full"}
     for data in range(options.data - 1, 0, -1):
         if options.data % data == 0:
-            yield "--data", data, topology, {"data": data, "fsdp": None}
-    if options.tokens_per_batch is not None:
-        for accumulation in (2 * options.accumulation, 4 * options.accumulation, 8 * options.accumulation):
-            yield "--accumulation", accumulation, topology, {"accumulation": accumulation}
+            yield "--data", data, topology, {"data": data}
+    batch = options.tokens_per_batch
+    for n in (2, 4, 8):
+        if batch is not None and batch % n == 0:  # a step has as many tokens then
+            more = {"accumulation": n * options.accumulation, "tokens_per_batch": batch // n}
+            yield "--accumulation", f"{n * options.accumulation} --tokens-per-batch {batch // n}", topology, more
     if options.lora_rank is None:
         yield "--lora-rank", 16, topology, {"lora_rank": 16}
 
@@ -117,7 +118,5 @@ class _Training:
 
     def fits(self, topology: Topology, options: Options) -> bool:
         assert isinstance(options, Training)
-        # An fsdp that was given was for the devices that there were.
-        options = replace(options, fsdp=None)
         asked = AskedTraining(self._model, self._config, topology, options)
         return reckon_training(asked, self._shapes, self._scale).fits

@@ -9,8 +9,9 @@ from typing import Any
 
 from maxlike.models.config import TransformerConfig
 from maxlike.plan.arithmetic import KnownShapes
-from maxlike.plan.chips import CHIPS, Chip, Topology, parse_topology, slices_of
-from maxlike.plan.options import Options, Serving, changed, legal_sizes
+from maxlike.plan.chips import Chip, Topology, chip_named, parse_topology, slices_of
+from maxlike.plan.compiling import NoSuchTopologyError
+from maxlike.plan.options import Options, Serving, Training, changed, check_heads, legal_sizes
 from maxlike.plan.planner import compiled, described, reckoned
 from maxlike.plan.result import Plan
 from maxlike.plan.result import described as words_of
@@ -28,30 +29,44 @@ def sweep(model: str | os.PathLike[str] | TransformerConfig, topologies: Sequenc
     training into the tensor-parallel sizes, `fsdp` being what they leave.
 
     Args:
-        model, options, changes: as `plan` has them; `data` of serving is not looked at.
-        topologies: names of them, or of chips: the slices of those that are sold, up to 64 chips.
+        model, options, changes: as `plan` has them; `data` of serving is not looked at, and `tp` and `fsdp` of
+            training are left out.
+        topologies: names of them, but not CPUs; or of chips: the slices of those that are sold, up to 64 chips.
         compile: have TPU programs compiled, a minute or so for each mesh, in place of arithmetic.
 
     Raises:
-        ValueError: as `plan`, or no mesh of these topologies suits the model.
+        ValueError: as `plan`; no mesh of these topologies suits the model; or an option says what a sweep tries.
     """
     options = changed(options or Serving(), **changes)
+    if isinstance(options, Training) and (options.tp != 1 or options.fsdp is not None):
+        raise ValueError(f"In training a sweep tries every tensor-parallel size, and fsdp is what that leaves; got tp "
+                         f"{options.tp} and fsdp {options.fsdp}: leave both out, or plan a single topology.")
     name, config = described(model)
+    if options.tp is not None:
+        check_heads(config, options.tp)
     shapes = KnownShapes(config)
     plans: list[Plan] = []
-    problem: object = "no part of them has so many devices"
+    problem: object = "their devices cannot be shared out so"
+    left_out: set[int] = set()
     for topology in _expanded(topologies):
         for candidate in _meshes(config, topology, options):
+            if parts := _uneven(candidate, topology):
+                left_out.add(parts)
+                continue
             try:
-                if compile and topology.chip is not None and topology.chip.platform == "tpu":
+                if compile and topology.platform == "tpu":
                     plans.append(compiled(name, config, topology, candidate))
                 else:
                     plans.append(reckoned(name, config, topology, candidate, shapes))
-            except ValueError as error:  # a mesh that the topology cannot be cut into
+            except NoSuchTopologyError as error:  # not every part of a slice is one that can be had
                 problem = error
+    note = ""
+    if left_out and isinstance(options, Training):
+        problem = note = (f"meshes that cut a batch into {', '.join(map(str, sorted(left_out)))} parts are left out: "
+                          f"tokens_per_batch, {options.tokens_per_batch:,}, is no multiple of these")
     if not plans:
         raise ValueError(f"No mesh of {', '.join(topologies)} suits {name}: {problem}")
-    return sorted(plans, key=_rank)
+    return sorted((replace(one, notes=(*one.notes, note)) if note else one for one in plans), key=_rank)
 
 
 def per_chip(plan: Plan) -> float:
@@ -60,11 +75,11 @@ def per_chip(plan: Plan) -> float:
 
 
 def sweep_table(plans: Sequence[Plan]) -> str:
-    """A line for each of the first plans, in their order."""
+    """A line for each of the first plans, in their order, and the notes that all plans have."""
     use = plans[0].use
     what = "decode" if use == "serve" else "train"
     lines = [f"{plans[0].model}: {'served' if use == 'serve' else 'trained'}, "
-             f"{'as the compiler has it' if plans[0].method == 'compiled' else 'by arithmetic alone'}, at most:",
+             f"{method_of(plans)}, at most:",
              f"{'topology':<14}{'mesh':<22}{'replicas':>9}{'head-room GB':>13}{'cache tokens':>14}"
              f"{what + ' ms':>11}{'binds':>9}{'tok/s':>11}{'a chip':>9}"]
     for plan in plans[:_ROWS]:
@@ -80,7 +95,16 @@ def sweep_table(plans: Sequence[Plan]) -> str:
     if len(plans) > _ROWS:
         misfits = sum(not plan.fits for plan in plans[_ROWS:])
         lines.append(f"and {len(plans) - _ROWS} more, {misfits} of which do not fit: --json has them all")
+    lines += [f"note: {note}" for note in plans[0].notes if all(note in plan.notes for plan in plans)]
     return "\n".join(lines)
+
+
+def method_of(plans: Sequence[Plan]) -> str:
+    """How they were made, in words."""
+    methods = {plan.method for plan in plans}
+    if len(methods) > 1:
+        return "TPUs as the compiler has them, GPUs by arithmetic alone"
+    return "as the compiler has it" if "compiled" in methods else "by arithmetic alone"
 
 
 def _rank(plan: Plan) -> tuple[bool, float, int]:
@@ -90,8 +114,11 @@ def _rank(plan: Plan) -> tuple[bool, float, int]:
 def _expanded(names: Sequence[str]) -> list[Topology]:
     found: dict[Topology, None] = {}
     for name in names:
-        chip = CHIPS.get(name.strip().lower())
+        chip = chip_named(name.strip().lower())
         for topology in [parse_topology(name)] if chip is None else _slices(chip):
+            if topology.chip is None:
+                raise ValueError(f"A sweep compares chips by their makers' figures, and of a CPU there are none; got "
+                                 f"{name!r}. This machine is planned for by --topology cpu:N, or plan(model, 'cpu:N').")
             found[topology] = None
     return list(found)
 
@@ -101,11 +128,19 @@ def _slices(chip: Chip) -> list[Topology]:
 
 
 def _meshes(config: TransformerConfig, topology: Topology, options: Options) -> Iterator[Options]:
-    if not isinstance(options, Serving):
+    if isinstance(options, Training):
         for tp in legal_sizes(config, topology.n_devices):
             if topology.n_devices % (tp * options.data) == 0:
-                yield replace(options, tp=tp, fsdp=None)
+                yield replace(options, tp=tp)
         return
     for tp in legal_sizes(config, topology.n_devices) if options.tp is None else [options.tp]:
         if topology.n_devices % tp == 0 and topology.parts(topology.n_devices // tp):
             yield replace(options, tp=tp, data=topology.n_devices // tp)
+
+
+def _uneven(options: Options, topology: Topology) -> int:
+    """Parts that a mesh would cut a batch into where they would not be equal; else 0."""
+    if not isinstance(options, Training) or options.tokens_per_batch is None:
+        return 0
+    parts = topology.n_devices // options.tp
+    return parts if options.tokens_per_batch % parts else 0

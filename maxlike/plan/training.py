@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,18 +12,18 @@ from flax import nnx
 from jax import P
 from jax.sharding import Mesh, NamedSharding
 
-from maxlike.mesh import ShardingRules, check_tensor_parallel_size
+from maxlike.mesh import ShardingRules
 from maxlike.models.build import build_model, default_kv_params
 from maxlike.models.config import TransformerConfig
 from maxlike.models.peft import add_adapter
 from maxlike.nn.lora import LoraConfig, is_lora
 from maxlike.nn.transformer.distributed_transformer import DistributedTransformer
 from maxlike.plan.arithmetic import KnownShapes, Shapes, bytes_on_a_device, mesh_sizes, parameters_of, tensor_parallel
-from maxlike.plan.chips import GB, Topology
+from maxlike.plan.chips import Topology
 from maxlike.plan.collectives import Collective, collective, together
 from maxlike.plan.compiling import DoesNotFitError, compile_all, devices_of, host_memory
-from maxlike.plan.options import Training
-from maxlike.plan.result import Memory, Plan, StepPlan
+from maxlike.plan.options import Training, check_heads
+from maxlike.plan.result import Memory, Plan, StepPlan, missing
 from maxlike.plan.serving import timed
 from maxlike.train.batch import Batch
 from maxlike.train.config import MeshConfig
@@ -64,7 +63,7 @@ def compile_training(asked: AskedTraining) -> Plan:
     """
     options, topology = asked.options, asked.topology
     fsdp, _ = options.parts(topology.n_devices)
-    _check(asked)
+    check_heads(asked.config, options.tp)
     mesh = mesh_of(MeshConfig(options.data, fsdp, options.tp), asked.config, devices_of(topology))
     lora = None if options.lora_rank is None else LoraConfig(options.lora_rank)
 
@@ -85,13 +84,14 @@ def compile_training(asked: AskedTraining) -> Plan:
                   if lora is None or is_lora(parameter.name))
     lowered = make_train_step(model, optimizer, options.step).lower(state, _abstract_batch(asked, mesh))
     try:
-        (program,) = compile_all([lowered], "cpu" if topology.chip is None else topology.chip.platform)
+        (program,) = compile_all([lowered], topology.platform)
     except DoesNotFitError as refused:
         temporaries = max(0, (refused.needed or 0) - memory.weights - memory.state)
         return _written(asked, dict(mesh.shape), shapes, replace(memory, temporaries=temporaries), trained, (),
                         refused.problem("the step, which"))
     memory = replace(memory, temporaries=program.temporaries)
-    return _written(asked, dict(mesh.shape), shapes, memory, trained, program.collectives, _missing(memory))
+    return _written(asked, dict(mesh.shape), shapes, memory, trained, program.collectives,
+                    missing(memory.head_room))
 
 
 def reckon_training(asked: AskedTraining, known: KnownShapes, temporaries: float = 1.0) -> Plan:
@@ -105,8 +105,9 @@ def reckon_training(asked: AskedTraining, known: KnownShapes, temporaries: float
         ValueError: as `compile_training`.
     """
     options, topology, config = asked.options, asked.topology, asked.config
+    assert topology.chip is not None
     fsdp, _ = options.parts(topology.n_devices)
-    _check(asked)
+    check_heads(config, options.tp)
     sizes = mesh_sizes(config, options.tp, options.data, fsdp)
     cpu = jax.devices("cpu")[:1]
     kv_params = default_kv_params(config, Mesh(cpu, ("model",)), "bfloat16")
@@ -116,7 +117,7 @@ def reckon_training(asked: AskedTraining, known: KnownShapes, temporaries: float
     trained = sum(p.elements(sizes) for p in shapes.parameters)
     weights = shapes.weights(sizes)
     if options.lora_rank is not None:  # A is cut as the weight's columns are, B as its rows
-        trained = sum(math.prod(p.shape[:p.stacked]) * options.lora_rank * sum(p.shape[p.stacked:]) for p in matrices)
+        trained = sum(adapter.elements(sizes) for p in matrices for adapter in p.adapters(options.lora_rank))
         weights += 4 * trained
     T, itemsize = options.tokens_per_part(topology.n_devices), jnp.dtype(options.dtype).itemsize
     # Of each layer its input, or all that it computes; one layer's gathered weights, twice; the gradients.
@@ -125,10 +126,10 @@ def reckon_training(asked: AskedTraining, known: KnownShapes, temporaries: float
     gathered = 2 * itemsize * sum(p.elements(mesh_sizes(config, options.tp)) for p in matrices) // len(config.layers)
     head = 2 * itemsize * config.vocab_size * config.hidden_size // options.tp
     needed = len(config.layers) * kept + 2 * layer + gathered + head + 4 * trained + _LOGITS
-    memory = Memory(topology.chip.memory if topology.chip else host_memory(), weights, 0,
-                    int(4 * trained * _MOMENTS[options.optimizer]), int(needed * temporaries))
+    memory = Memory(topology.chip.memory, weights, 0, int(4 * trained * _MOMENTS[options.optimizer]),
+                    int(needed * temporaries))
     return replace(_written(asked, sizes, replace(shapes, itemsize=itemsize), memory, trained,
-                            _reckoned_collectives(asked, shapes, sizes, trained), _missing(memory)),
+                            _reckoned_collectives(asked, shapes, sizes, trained), missing(memory.head_room)),
                    method="arithmetic")
 
 
@@ -200,14 +201,3 @@ def _reckoned_collectives(asked: AskedTraining, shapes: Shapes, mesh: Mapping[st
     if data > 1:
         found.append(collective("all-reduce", 4 * trained, data, options.accumulation))
     return together([(one,) for one in found])
-
-
-def _missing(memory: Memory) -> str:
-    """Why it does not fit; empty where it does."""
-    return "" if memory.head_room >= 0 else f"{-memory.head_room / GB:.2f} GB are missing on each device."
-
-
-def _check(asked: AskedTraining) -> None:
-    config = asked.config
-    check_tensor_parallel_size(asked.options.tp, config.num_attention_heads, config.num_key_value_heads,
-                               intermediate_size=config.intermediate_size)
