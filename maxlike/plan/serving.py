@@ -116,9 +116,16 @@ class Sized:
         return self.pages * self.shapes.bytes_per_page(self.mesh, self.topology.platform)
 
     @property
-    def head_room(self) -> int:
-        """What is left. As when the engine decides on the pages, the masks are not there yet."""
-        return self.limit - self.weights - self.cache - self.state - self.temporaries
+    def memory(self) -> Memory:
+        """What fills a device."""
+        return Memory(self.limit, self.weights, self.cache, self.state + self.masks, self.temporaries)
+
+    @property
+    def missing(self) -> str:
+        """Why the memory does not do; empty where it does. When the engine decides on the pages it has no masks yet:
+        for want of room for these alone it refuses nothing."""
+        head_room = self.memory.head_room
+        return missing(head_room) if head_room + self.masks < 0 else ""
 
 
 def compile_serving(asked: Asked) -> Plan:
@@ -158,11 +165,11 @@ def compile_serving(asked: Asked) -> Plan:
         unique = list(dict.fromkeys(keys))
         programs = dict(zip(unique, compile_all([runner.lower(*key) for key in unique], asked.platform), strict=True))
     except DoesNotFitError as refused:
-        counted = sized.limit - sized.head_room
-        return write_down(asked, replace(sized, problem=refused.problem("a program that"), temporaries=(
-            sized.temporaries + max(0, (refused.needed or 0) - counted))), {})
+        given = sized.weights + sized.cache + sized.state
+        temporaries = max(sized.temporaries, (refused.needed or 0) - given)
+        return write_down(asked, replace(sized, temporaries=temporaries, problem=refused.problem("a program that")), {})
     sized = replace(sized, temporaries=max(program.temporaries for program in (*programs.values(), *tail)))
-    sized = replace(sized, problem=missing(sized.head_room))
+    sized = replace(sized, problem=sized.missing)
     collectives = {"decode": together(programs[key].collectives for key in keys[1:3]),
                    "prefill": programs[keys[0]].collectives}
     return write_down(asked, sized, collectives, method="compiled")
@@ -219,10 +226,8 @@ def write_down(asked: Asked, sized: Sized, collectives: Mapping[str, tuple[Colle
         model=asked.model, parameters=sum(parameter.elements({}) for parameter in shapes.parameters),
         topology=asked.whole.name, use="serve", method="arithmetic" if method == "arithmetic" else "compiled",
         mesh=mesh, replicas=asked.options.data, devices=asked.whole.n_devices, dtype=asked.dtype.name,
-        fits=not sized.problem,
-        memory=Memory(sized.limit, sized.weights, sized.cache, sized.state + sized.masks, sized.temporaries),
-        cache=cache, steps=tuple(_steps(asked, sized, collectives)), problem=sized.problem, suggestions=(),
-        notes=tuple(_notes(asked, sized)), chip=asked.whole.chip)
+        fits=not sized.problem, memory=sized.memory, cache=cache, steps=tuple(_steps(asked, sized, collectives)),
+        problem=sized.problem, suggestions=(), notes=tuple(_notes(asked, sized)), chip=asked.whole.chip)
 
 
 def _steps(asked: Asked, sized: Sized, collectives: Mapping[str, tuple[Collective, ...]]) -> list[StepPlan]:
@@ -282,8 +287,8 @@ def _with_pages(asked: Asked, sized: Sized, pages: int, room: int) -> Sized:
     sized = replace(sized, pages=pages if engine.num_pages is None else engine.num_pages)
     if sized.pages < 1:
         return replace(sized, problem=_no_page(asked, sized, room))
-    if problem := missing(sized.head_room):
-        return replace(sized, problem=problem)
+    if sized.missing:
+        return replace(sized, problem=sized.missing)
     asked_for, tokens = asked.options.engine.max_model_len, sized.pages * engine.page_size
     if asked_for is not None and tokens < asked_for:
         return replace(sized, problem=f"the KV cache has room for {tokens:,} tokens, and sequences of {asked_for:,} "

@@ -79,6 +79,9 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["--topology", "h200:8", "--plot", "x.png"], "give --sweep"),
         (["--sweep", "h200:8", "--data", "2"], "leave --data out"),
         (["--sweep", "h200:8", "--plot", "x.gif"], "ends in .png"),
+        (["--sweep", "h200:8", "--train", "--tp", "1"], "leave --tp out"),
+        (["--sweep", "h200:8", "--train", "--fsdp", "8"], "leave --fsdp out"),
+        (["--sweep", "cpu"], "--topology cpu:N"),
         (["--topology", "h200:8", "--model", str(tmp_path / "none")], "cannot be read"),
     ):
         code, out, err = run(capsys, *argv)
@@ -93,3 +96,11 @@ def test_the_compiler_is_quiet_in_a_bare_environment() -> None:
     done = subprocess.run(command, env=bare, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("maxlike: There is no topology v5e:1x3") and done.stderr.count("\n") == 1
+
+
+def test_no_accelerator_is_started() -> None:
+    """Whatever the environment asks for: there is none here."""
+    command = [sys.executable, "-m", "maxlike", "plan", "--topology", "h200:1"]
+    done = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cuda"}, capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 0 and done.stdout.endswith("It fits.\n"), done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from maxlike.engine.config import EngineConfig
 from maxlike.engine.loading import load_engine
 from maxlike.engine.runner import temporaries_of
 from maxlike.plan import Plan, plan, sweep
+from maxlike.plan.compiling import DoesNotFitError
 from tests.plan.known import CONFIGS, PLANS, PUBLISHED, by_hand
 from tests.tpu_compile import requires_libtpu
 
@@ -158,6 +160,58 @@ def test_the_engine_holds_what_was_planned(devices: list[jax.Device], tp: int = 
     assert memory.temporaries > 0.05 * held  # so that it counts
 
 
+@pytest.mark.parametrize("size", [dict(num_pages=1_000_000), dict(kv_cache_memory=10**12, max_num_seqs=1024)])
+def test_a_cache_larger_than_the_memory_does_not_fit(size: dict[str, Any]) -> None:
+    found = plan(CONFIGS["llama-3.1-8b"], "h200:1", **size)
+    assert not found.fits and not found.steps and found.cache and found.cache.pages > 100_000
+    over = -found.memory.head_room
+    assert found.problem == f"{over / 1e9:,.2f} GB are missing on each device."
+
+
+def test_a_share_of_the_whole_fits() -> None:
+    """The masks come after the pages, with the engine as here."""
+    found = plan(CONFIGS["llama-3.1-8b"], "h200:1", memory_share=1.0)
+    assert found.fits and found.memory.head_room < found.cache.page_size * found.cache.bytes_per_token
+
+
+def test_no_room_for_a_page_is_told_as_it_is() -> None:
+    for topology, options, says in (
+        ("h200:1", dict(kv_cache_memory=1000), r"kv_cache_memory is 1,000 bytes, and a page of the KV cache takes \d"),
+        ("cpu:1", dict(kv_cache_memory=1000), r"kv_cache_memory is 1,000 bytes"),
+        ("cpu:1", dict(memory_share=1e-9), r"of what the host has free beside the weights; 0.24\d MB are"),
+        ("h200:1", dict(memory_share=1e-9), r"within 0% of a device's memory; 0.\d\d GB are missing"),
+    ):
+        found = plan(EMBEDDED_MODEL, topology, **SMALL, **options)
+        assert not found.fits and re.search(says, found.problem), found.problem
+
+
+def test_a_refused_programs_bytes_are_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> list[Any]:
+        raise DoesNotFitError(10**12, 10**11, "too much")
+
+    monkeypatch.setattr("maxlike.plan.serving.compile_all", refuse)
+    found = plan(EMBEDDED_MODEL, "cpu:1", **SMALL)
+    memory = found.memory
+    masks = 4 * (json.loads((EMBEDDED_MODEL / "config.json").read_text())["vocab_size"] // 32 * (1 + 8) + 8)
+    assert memory.temporaries == 10**12 - memory.weights - memory.cache - memory.state + masks
+    assert "the compiler refuses a program that needs 1000.00 GB" in found.problem and "temporaries" in found.table()
+
+
+def test_sequences_take_whole_pages() -> None:
+    found = plan(CONFIGS["llama-3.1-8b"], "h200:1", num_pages=99, page_size=64, context=65, max_model_len=130)
+    assert found.step("decode").sequences == 49  # and not 97
+    assert "99 sequences of 64, or 33 of the longest, 130." in found.table()
+
+
+def test_prefill_does_not_read_the_head() -> None:
+    found = plan(CONFIGS["llama-3.1-8b"], "h200:1")
+    matrix = 2 * 128256 * 4096  # of embedding and head, in bytes
+    decode, prefill, of_a_token = found.step("decode"), found.step("prefill"), by_hand("llama-3.1-8b", 1)
+    cached = of_a_token.cache_of_a_token
+    assert decode.bytes == found.memory.weights - matrix + decode.tokens * decode.context * cached
+    assert prefill.bytes == found.memory.weights - 2 * matrix + prefill.tokens * cached
+
+
 def test_what_cannot_be_planned_is_said(tmp_path: Path) -> None:
     for topology, options, says in (
         ("v5e:2x4", dict(tp=3), "Legal sizes"),
@@ -167,6 +221,8 @@ def test_what_cannot_be_planned_is_said(tmp_path: Path) -> None:
         ("v5e:2x4", dict(data=3), "--data may be 1, 2, 4, 8"),
         ("v5e:2x4", dict(sequences=3), "Serving has no option sequences"),
         ("v5e:2x4", dict(max_num_seqs=0), "max_num_seqs must be"),
+        ("v5e:2x4", dict(context=600, max_model_len=512), "context of 600 tokens .* max_model_len .* of 512"),
+        ("h200:1", dict(context=4096), "context of 4,096 tokens .* the model takes it .2,048"),
         ("cpu:64", {}, "xla_force_host_platform_device_count=64"),
         ("v5e:1x3", {}, "no topology v5e:1x3"),
     ):

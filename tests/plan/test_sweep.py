@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from maxlike.plan import Training, plot, sweep, sweep_table
+from maxlike.engine.config import EngineConfig
+from maxlike.plan import Serving, Training, plot, sweep, sweep_table
 from maxlike.plan.sweep import per_chip
 from tests.plan.known import CONFIGS
 
@@ -38,5 +40,43 @@ def test_a_picture(tmp_path: Path) -> None:
         assert f"<!-- {words} -->" in drawn
     with pytest.raises(ValueError, match=r"ends in \.png"):
         plot(sweep(CONFIGS["llama-3.1-8b"], ["h200:8"]), tmp_path / "sweep.gif")
-    with pytest.raises(ValueError, match="No mesh of"):
-        sweep(CONFIGS["llama-3.1-8b"], ["h200:8"], tp=3)
+
+
+def test_what_cannot_be_swept_is_said() -> None:
+    for topologies, options, says in (
+        (["h200:8"], Serving(tp=16), "No mesh of h200:8 suits"),
+        (["h200:8"], Serving(tp=3), "Legal sizes"),
+        (["h200:8", "cpu:1"], None, "got 'cpu:1'. This machine is planned for by --topology cpu:N"),
+        (["h200:8"], Serving(engine=EngineConfig(max_model_len=10**6)), "max_model_len=1000000 was asked for"),
+        (["h200:8"], Training(tp=2), "got tp 2 and fsdp None"),
+        (["h200:8"], Training(fsdp=8), "got tp 1 and fsdp 8"),
+        (["h200:8"], Training(data=8, tokens_per_batch=1001), "cut a batch into 8 parts are left out"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            sweep(CONFIGS["llama-3.1-8b"], topologies, options)
+
+
+def test_a_compiler_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maxlike.plan.compiling.importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="is not installed"):
+        sweep(CONFIGS["llama-3.1-8b"], ["h200:8", "v5e:1x1"], compile=True)
+
+
+def test_meshes_that_do_not_divide_a_batch_are_told_of() -> None:
+    plans = sweep(CONFIGS["llama-3.1-8b"], ["h200:4", "h200:8"], Training(tokens_per_batch=1002))
+    assert {one.mesh.get("fsdp", 1) for one in plans} == {1, 2}
+    told = "meshes that cut a batch into 4, 8 parts are left out: tokens_per_batch, 1,002, is no multiple of these"
+    assert all(told in one.notes for one in plans) and sweep_table(plans).endswith(f"note: {told}")
+
+
+def test_a_chip_by_its_other_name() -> None:
+    plans = sweep(CONFIGS["llama-3.1-8b"], ["v7x"], tp=2)
+    assert plans and plans == sweep(CONFIGS["llama-3.1-8b"], ["tpu7x"], tp=2)
+
+
+def test_how_it_was_found_is_told() -> None:
+    by_arithmetic = sweep(CONFIGS["llama-3.1-8b"], ["h200:8"])
+    compiled = [replace(one, method="compiled") for one in by_arithmetic]
+    assert "by arithmetic alone, at most" in sweep_table(by_arithmetic)
+    assert "as the compiler has it, at most" in sweep_table(compiled)
+    assert "TPUs as the compiler has them, GPUs by arithmetic" in sweep_table([*by_arithmetic, *compiled])
