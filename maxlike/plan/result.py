@@ -120,7 +120,7 @@ class Plan:
         cache: see `Cache`; `None` in training.
         steps: see `StepPlan`; none where it does not fit.
         problem: why it does not fit; empty where it does.
-        suggestions: flags of `maxlike plan` each of which alone makes it fit.
+        suggestions: flags of `maxlike plan`, or pairs of them, each of which alone makes it fit.
         notes: what else is to be known.
         chip: whose figures were taken; `None` for CPUs.
     """

@@ -21,7 +21,8 @@ _MARGIN = 1.15
 
 
 def suggestions(model: str, config: TransformerConfig, topology: Topology, options: Options, found: Plan) -> list[str]:
-    """Flags each of which alone makes the plan `found` fit, by arithmetic that errs on the careful side.
+    """Flags, or pairs of them, each of which alone makes the plan `found` fit, by arithmetic that errs on the careful
+    side.
 
     Of each kind there is one: the smallest change of it that is enough.
     """
