@@ -54,7 +54,7 @@ def greedy(folder: Path, implementation: Implementation) -> np.ndarray:
 
 
 @pytest.mark.parametrize("family", [
-    "gemma3_text", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "gemma3_text")])
+    "gemma3_text", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in FAMILIES if name != "gemma3_text")])
 def test_the_kernel_chooses_the_same_tokens(family: str, tmp_path: Path) -> None:
     write(tmp_path, config_of(family, head_dim=HEAD_DIM, num_attention_heads=4))
     kernel = MosaicTpu(interpret=pltpu.InterpretParams())

@@ -124,7 +124,7 @@ def test_logits_and_tokens_are_those_of_transformers(name: str, oracle: Any, tmp
     check(theirs, tmp_path, oracle, devices[:case.n_devices], case.use_subgraphs, case.scored)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", CASES)
 def test_the_other_way_of_running_them(name: str, oracle: Any, tmp_path: Path, devices: list[jax.Device],
                                        monkeypatch: pytest.MonkeyPatch) -> None:

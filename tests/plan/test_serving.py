@@ -68,7 +68,7 @@ def test_arithmetic_is_that_by_hand(name: str, topology: str) -> None:
 
 @requires_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "topology"), [PLANS[0], PLANS[-1]])
+@pytest.mark.parametrize(("name", "topology"), [PLANS[0], pytest.param(*PLANS[-1], marks=pytest.mark.exhaustive)])
 def test_known_models_fit(name: str, topology: str) -> None:
     """The others: `python scripts/plan_known_models.py`."""
     found = plan(CONFIGS[name], topology)

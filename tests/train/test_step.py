@@ -80,7 +80,7 @@ def curve(devices: list[jax.Device]) -> list[float]:
     ("1x1", StepConfig("float32", "full", 4)), ("8x1", StepConfig("float32", "full")),
     ("1x8", StepConfig("float32", "none", 4)), ("2x4", StepConfig("float32", "dots", 4)),
     ("2x2x2", StepConfig("float32", "none")),
-    *(pytest.param(mesh, StepConfig("float32", remat, accumulation), marks=pytest.mark.slow)
+    *(pytest.param(mesh, StepConfig("float32", remat, accumulation), marks=pytest.mark.exhaustive)
       for mesh in MESHES for remat in ("none", "full") for accumulation in (1, 4)),
 ], ids=str)
 def test_the_curve_of_losses_is_the_same_on_every_mesh(mesh: str, config: StepConfig, curve: list[float],

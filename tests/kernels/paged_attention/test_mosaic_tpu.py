@@ -50,7 +50,7 @@ def test_equals_reference_in_small_blocks(case):
     check(case, inputs, *run(case, inputs, block_tokens=small, tile_rows=16))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", TPU_CASES, ids=lambda case: case.name)
 def test_equals_reference(case):
     inputs = make_inputs(case)
@@ -68,8 +68,8 @@ RANDOM = dict(
 )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", RANDOM)
+@pytest.mark.parametrize("shape", [
+    pytest.param(name, marks=pytest.mark.slow if name == "window" else pytest.mark.exhaustive) for name in RANDOM])
 @hypothesis.given(rows=RAGGED, seed=st.integers(0, 2**32 - 1))
 @hypothesis.settings(max_examples=25)
 def test_random_raggedness(shape, rows, seed):
@@ -195,8 +195,8 @@ def test_refuses_with_the_numbers(changes, options, message):
 
 # --- Through the TPU compiler
 
-TOPOLOGIES = ["v6e:2x2", "v5e:2x2", "v5p:2x2x1"]
-LATER = ["v4:2x2x1", "tpu7x:2x2x1"]
+TOPOLOGIES = ["v6e:2x2", "v5e:2x2", "v5p:2x2x1", "v4:2x2x1", "tpu7x:2x2x1"]
+ON_ALL = {"mixed", "int8", "decode_one_long_many_short", "window_over_blocks", "prefill_tile_boundaries"}
 
 
 @functools.cache
@@ -213,10 +213,10 @@ def compiled(topology: str, shapes: tuple, options: tuple) -> jax.stages.Compile
 
 
 @requires_libtpu
-@pytest.mark.parametrize(
-    "topology", [*TOPOLOGIES, *(pytest.param(name, marks=pytest.mark.slow) for name in LATER)]
-)
-@pytest.mark.parametrize("case", TPU_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "topology"), [
+    pytest.param(case, topology, id=f"{case.name}-{topology}",
+                 marks=pytest.mark.exhaustive if topology != TOPOLOGIES[0] and case.name not in ON_ALL else ())
+    for case in TPU_CASES for topology in TOPOLOGIES])
 def test_compiles(case, topology):
     """Mosaic takes the kernel, its VMEM and SMEM suffice, and the cache is aliased and nowhere copied."""
     inputs = make_inputs(case)

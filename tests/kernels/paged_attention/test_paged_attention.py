@@ -22,7 +22,7 @@ attend = jax.jit(ragged_paged_attention, static_argnames=STATIC, donate_argnames
 
 
 # Plain JAX has no code of its own for what these differ in from their neighbours in the list; other implementations do.
-SLOW = {
+VARIANTS = {
     "head_width_256_group_of_4", "group_of_16", "bfloat16_decode", "bfloat16_head_width_128", "bfloat16_head_width_80",
     "bfloat16_head_width_96", "bfloat16_head_width_256_page_256", "bfloat16_group_of_64",
     "bfloat16_page_32_group_of_6", "sinks_bfloat16_window_group_of_8", "int8_decode", "int8_lane_padding_decode",
@@ -33,7 +33,7 @@ SLOW = {
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name in SLOW)) for case in CASES],
+    [pytest.param(case, id=case.name, marks=[pytest.mark.exhaustive] * (case.name in VARIANTS)) for case in CASES],
 )
 def test_equals_reference(case):
     inputs = make_inputs(case)
@@ -42,7 +42,7 @@ def test_equals_reference(case):
 
 def test_cases_are_named_once():
     assert len({case.name for case in CASES}) == len(CASES)
-    assert {case.name for case in CASES} > SLOW
+    assert {case.name for case in CASES} > VARIANTS
 
 
 # Raggedness of every kind, in shapes that the cases have compiled already.

@@ -142,8 +142,8 @@ MODELS = [
     pytest.param(llama, [1], 64, id="llama-8b"),
     pytest.param(gemma, [6, 1], 32, id="gemma-27b", marks=pytest.mark.slow),
     pytest.param(gpt_oss, [2], 64, id="gpt-oss"),
-    pytest.param(llama_int8, [1], 64, id="llama-8b-int8", marks=pytest.mark.slow),
-    pytest.param(functools.partial(gpt_oss, kv_dtype="int8"), [2], 64, id="gpt-oss-int8", marks=pytest.mark.slow),
+    pytest.param(llama_int8, [1], 64, id="llama-8b-int8", marks=pytest.mark.exhaustive),
+    pytest.param(functools.partial(gpt_oss, kv_dtype="int8"), [2], 64, id="gpt-oss-int8", marks=pytest.mark.exhaustive),
 ]
 
 

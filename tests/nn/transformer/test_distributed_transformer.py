@@ -201,7 +201,7 @@ FORMS = [(n, kv_heads, *form) for n, kv_heads in COVERING
 
 @pytest.mark.parametrize(
     ("n_devices", "n_kv_heads", "use_subgraphs", "strategy", "gemm"),
-    [pytest.param(*form, marks=[] if COVERING[form[:2]] == form[2:] else pytest.mark.slow) for form in FORMS],
+    [pytest.param(*form, marks=[] if COVERING[form[:2]] == form[2:] else pytest.mark.exhaustive) for form in FORMS],
 )
 def test_all_forms_give_the_plain_logits(devices: list[jax.Device], n_devices: int, n_kv_heads: int,
                                          use_subgraphs: bool, strategy: KVCacheStrategy, gemm: bool) -> None:
