@@ -197,7 +197,8 @@ def _reckoned_collectives(asked: AskedTraining, shapes: Shapes, mesh: Mapping[st
         found.append(collective("all-reduce", tokens, n, 2 * L * passes * options.accumulation))
     if fsdp > 1:
         found.append(collective("all-gather", own, fsdp, passes * options.accumulation))
-        found.append(collective("reduce-scatter", 4 * trained * fsdp, fsdp, options.accumulation))
+        # Gradients travel in the step's dtype, at least: the embedding's, which is summed in float32, in that.
+        found.append(collective("reduce-scatter", itemsize * trained * fsdp, fsdp, options.accumulation))
     if data > 1:
-        found.append(collective("all-reduce", 4 * trained, data, options.accumulation))
+        found.append(collective("all-reduce", itemsize * trained, data, options.accumulation))
     return together([(one,) for one in found])
