@@ -63,6 +63,8 @@ _SLICES = {
     0: ((1,), (2,), (4,), (8,)),
 }
 """The slices that are sold, by `Chip.dimensions`, ascending; of GPUs what one host has."""
+_LARGEST_3D = 9216
+"""Chips of the largest pod, that of TPU7x; those of v4 and v5p are smaller."""
 
 
 @dataclass(frozen=True)
@@ -151,4 +153,21 @@ def parse_topology(name: str) -> Topology:
         some = Topology(chip, _SLICES[chip.dimensions if chip else 0][-4]).name
         raise ValueError(f"{name!r} must say how many chips there are along {dimensions} dimension"
                          f"{'s' * (dimensions > 1)}, as {some}.")
-    return Topology(chip, shape)
+    topology = Topology(chip, shape)
+    if chip is not None and chip.platform == "tpu":
+        _check_slice(topology)
+    return topology
+
+
+def _check_slice(topology: Topology) -> None:
+    chip = topology.chip
+    assert chip is not None
+    if chip.dimensions == 2:
+        exists = tuple(sorted(topology.shape)) in _SLICES[2]
+        there_are = ", ".join("x".join(map(str, shape)) for shape in _SLICES[2])
+    else:
+        # Up to 4x4x4, a cube, a slice may be narrower; larger ones are made of cubes.
+        exists = all(size in (1, 2, 4) or size % 4 == 0 for size in topology.shape) and topology.n_chips <= _LARGEST_3D
+        there_are = f"those of dimensions 1, 2, 4 and multiples of 4, as 2x2x4 and 4x4x8, up to {_LARGEST_3D:,} chips"
+    if not exists:
+        raise ValueError(f"There is no topology {topology.name}. Of {chip.name} there are {there_are}.")

@@ -78,18 +78,21 @@ def sweep_table(plans: Sequence[Plan]) -> str:
     """A line for each of the first plans, in their order, and the notes that all plans have."""
     use = plans[0].use
     what = "decode" if use == "serve" else "train"
-    lines = [f"{plans[0].model}: {'served' if use == 'serve' else 'trained'}, "
+    load = ""
+    if decode := next((step for plan in plans for step in plan.steps if step.name == "decode"), None):
+        load = f", as many sequences as fit, each with {decode.context:,} tokens behind it"
+    lines = [f"{plans[0].model}: {'served' if use == 'serve' else 'trained'} in {plans[0].dtype}{load}, "
              f"{method_of(plans)}, at most:",
              f"{'topology':<14}{'mesh':<22}{'replicas':>9}{'head-room GB':>13}{'cache tokens':>14}"
-             f"{what + ' ms':>11}{'binds':>9}{'tok/s':>11}{'a chip':>9}"]
+             f"{what + ' ms':>11}{'binds':>9}{'tok/s':>13}{'a chip':>12}"]
     for plan in plans[:_ROWS]:
         step = next((step for step in plan.steps if step.name == what), None)
         cache = plan.cache.tokens * plan.replicas if plan.cache is not None else 0
         if step is None or step.floor_s is None:
             told = "  does not fit" if not plan.fits else ""
         else:
-            told = (f"{1000 * step.floor_s:>11.2f}{step.binds:>9}{plan.tokens_per_s or 0:>11,.0f}"
-                    f"{per_chip(plan):>9,.0f}")
+            told = (f"{1000 * step.floor_s:>11.2f}{step.binds:>9}{plan.tokens_per_s or 0:>13,.0f}"
+                    f"{per_chip(plan):>12,.0f}")
         lines.append(f"{plan.topology:<14}{words_of(plan.mesh):<22}{plan.replicas:>9}"
                      f"{plan.memory.head_room / 1e9:>13.2f}{cache:>14,}{told}")
     if len(plans) > _ROWS:

@@ -79,6 +79,8 @@ def _serve(args: argparse.Namespace) -> int:
     engine_config, options = engine_options(args, args.model)
     with bind(config) as bound:
         start = time.perf_counter()
+        print(f"maxlike: loading {args.model} and compiling its programs, which the first time takes a minute or more",
+              file=sys.stderr, flush=True)
         engine = AsyncEngine.from_model(args.model, replace(engine_config, warm_up=True), max_queue=args.max_queue,
                                         chat_template=template, **options)
         print(f"maxlike: {engine.n_compiled} programs (compiled in {engine.compile_s:.1f} s) and "

@@ -99,9 +99,10 @@ class _Server(uvicorn.Server):
     def _stop(self, number: int) -> None:
         admission = self._service.admission
         if self._draining is None:
-            print(f"maxlike: shutting down once {admission.in_flight} requests are through, or after "
-                  f"{self._service.config.drain_timeout:g} s; a second signal does it at once", file=sys.stderr)
+            running = admission.in_flight
             self._draining = asyncio.get_running_loop().create_task(self._drain())
+            _tell(f"shutting down once {running} request{'s are' if running != 1 else ' is'} through, or after "
+                  f"{self._service.config.drain_timeout:g} s; a second signal does it at once")
         else:
             admission.cut_off()
             self.exit_code = 128 + number
@@ -109,6 +110,12 @@ class _Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         cut = await self._service.admission.drain(self._service.config.drain_timeout)
-        if cut:
-            print(f"maxlike: {cut} requests were cut off", file=sys.stderr)
         self.should_exit = True
+        if cut:
+            _tell(f"{cut} request{'s were' if cut != 1 else ' was'} cut off")
+
+
+def _tell(what: str) -> None:
+    """To stderr; where nobody reads that any more, the server ends all the same."""
+    with contextlib.suppress(OSError):
+        print(f"maxlike: {what}", file=sys.stderr, flush=True)

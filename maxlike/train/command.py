@@ -105,12 +105,18 @@ def _train(args: argparse.Namespace, version: str) -> int:
     speed = f"{summary.tokens:,} tokens in {summary.seconds:.1f} s"
     losses = "".join(f", {name} {value:.4f}" for name, value in (
         ("loss", summary.loss), ("validation loss", summary.validation_loss)) if value is not None)
-    lines = [f"{summary.steps} steps, {speed}{losses}", *summary.left_out.splitlines()]
+    steps = f"{summary.steps} steps"
+    if summary.resumed_at:
+        steps += f", {summary.steps - summary.resumed_at} of them since it was resumed"
+    lines = [f"{steps}, {speed}{losses}", *summary.left_out.splitlines()]
     if summary.stopped_by is not None:
         lines.append(f"stopped by {summary.stopped_by} after step {summary.steps} of {summary.of_steps}, which is "
                      f"saved in {config.output}: the same command goes on from there")
     else:
         lines.append(f"maxlike export {config.output} FOLDER writes the model for serving")
+        best, last = summary.best_loss, summary.validation_loss
+        if best is not None and last is not None and best < last:
+            lines.append(f"with --best it writes the one whose validation loss was lowest, {best:.4f}")
     if summary.leader:
         for line in lines:
             print(f"maxlike: {line}", file=sys.stderr)

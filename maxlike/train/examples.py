@@ -72,9 +72,11 @@ def parse(record: Record) -> dict[str, Any]:
         DataError: "not_utf8", "not_json" or "not_an_object".
     """
     try:
-        value = json.loads(record.line.decode("utf-8-sig"))
+        value = json.loads(record.line.decode("utf-8-sig").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         raise DataError("not_utf8", f"not UTF-8: {error.reason} at byte {error.start} of the line") from error
+    except json.JSONDecodeError as error:
+        raise DataError("not_json", f"not JSON: {error.msg}, column {error.colno}") from error
     except (ValueError, RecursionError) as error:
         raise DataError("not_json", f"not JSON: {error}") from error
     if not isinstance(value, dict):

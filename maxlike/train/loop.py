@@ -55,7 +55,9 @@ class Summary:
         steps, of_steps: taken in all, those before it was resumed included; and how many there are to be.
         loss: of the last step; `None` where there was none to take.
         validation_loss: the last one measured.
+        resumed_at: the step that this call went on from; 0 where it began anew.
         tokens, seconds: of this call.
+        best_loss: the lowest validation loss whose checkpoint is kept.
         left_out: what data were, in words, and in further lines the first of what was said of them.
         stopped_by: the signal that ended it early.
         leader: this process is the one that speaks for all.
@@ -70,6 +72,8 @@ class Summary:
     left_out: str = ""
     stopped_by: str | None = None
     leader: bool = True
+    resumed_at: int = 0
+    best_loss: float | None = None
 
 
 def train(config: TrainConfig, *, version: str) -> Summary:
@@ -220,7 +224,7 @@ class _Run:
 
     def to_the_end(self, signals: _Signals) -> Summary:
         """Takes all steps that are left, or as many as there are until a signal."""
-        begun = time.perf_counter()
+        begun, resumed_at = time.perf_counter(), self.step
         self.meter.take()
         stopped = False
         validated = None
@@ -240,7 +244,8 @@ class _Run:
         self._finished_saving()
         summary = Summary(self.step, self.steps, self.loss, self.validation_loss, self.tokens,
                           time.perf_counter() - begun, told(self.data.summary()),
-                          signals.received if stopped and self.step < self.steps else None, self._active)
+                          signals.received if stopped and self.step < self.steps else None, self._active, resumed_at,
+                          self.best if self.config.checkpoint.keep_best else None)
         if self.config.log.plot and self._active:
             plot_losses(self.folder)
         return summary

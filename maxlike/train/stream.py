@@ -168,7 +168,7 @@ class _Shard:
 
     def _bad(self, encoded: Encoded, first_epoch: bool) -> None:
         if not self._reading.skip_bad:
-            raise ValueError(f"{encoded.message} ({encoded.bad}; with on_bad_data='skip' such records are left out)")
+            raise ValueError(f"{encoded.message} ({encoded.bad}; on_bad_data 'skip' leaves such records out)")
         if first_epoch:
             self._summary.bad[str(encoded.bad)] += 1
             if len(self._summary.messages) < _MESSAGES:

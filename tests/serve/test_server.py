@@ -119,6 +119,17 @@ def test_time_to_finish_is_limited(tmp_path: Path) -> None:
         assert process.stderr is not None and "2 requests were cut off" in process.stderr.read()
 
 
+def test_a_signal_ends_it_when_nobody_reads_its_messages(tmp_path: Path) -> None:
+    with started(tmp_path / "never", 0.3) as (process, url):
+        asking = Asking(url, stream=True)
+        until(asking.begun.is_set)
+        assert process.stderr is not None
+        process.stderr.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        asking.join(20)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_second_signal_ends_it_at_once(tmp_path: Path, number: signal.Signals) -> None:
     with started(tmp_path / "never", 60) as (process, url):

@@ -114,6 +114,7 @@ LONG = "words and more " * 30
 
 @pytest.mark.parametrize(("value", "kind", "says"), [
     (b'{"text": "a"', "not_json", "not JSON"),
+    (b'{"text": "a\r\n', "not_json", "not JSON: Unterminated string starting at, column 10"),
     (b"[" * 100_000, "not_json", "not JSON"),
     (b'{"text": "\xff"}', "not_utf8", "byte 10 of the line"),
     ([1], "not_an_object", r"got \[1\]"),

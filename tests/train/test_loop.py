@@ -56,7 +56,7 @@ def test_goes_on_on_another_mesh_with_layers_unrolled(folder: Path, tmp_path: Pa
     run(folder, tmp_path / "unbroken", **scanned)
     run(folder, tmp_path / "broken", steps=3, optimizer=dict(total_steps=6), **scanned)
     summary = run(folder, tmp_path / "broken", mesh=mesh, model=dict(scan_layers=False), optimizer=dict(total_steps=6))
-    assert (summary.steps, summary.of_steps) == (6, 6)
+    assert (summary.steps, summary.of_steps, summary.resumed_at) == (6, 6, 3)
     expected = losses(tmp_path / "unbroken")
     assert losses(tmp_path / "broken") == pytest.approx(expected, abs=1e-4)
     assert expected[6] < expected[1] - 0.1
@@ -79,7 +79,7 @@ def test_what_a_run_leaves(one_device: None, folder: Path, tmp_path: Path) -> No
     saved = sorted(path.name for path in (tmp_path / "out").glob("step_*"))
     best = min(measured, key=measured.__getitem__)
     assert saved == sorted({f"step_{summary.steps:08d}", f"step_{best:08d}"})
-    assert find_checkpoint(tmp_path / "out", best=True, tell=pytest.fail).value == measured[best]
+    assert find_checkpoint(tmp_path / "out", best=True, tell=pytest.fail).value == measured[best] == summary.best_loss
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "out" / "tensorboard").glob("events.*"))
     # The configuration that was used can be used again, and says that there is nothing left to do.
