@@ -177,7 +177,7 @@ def _abstract_batch(asked: AskedTraining, mesh: Mesh) -> Batch:
     leading = (options.accumulation,) if options.accumulation > 1 else ()
     sharding = NamedSharding(mesh, P(*[None] * len(leading), ShardingRules().mesh_axes(mesh, "tokens") or None))
 
-    def array(dtype: type, *shape: int) -> Any:
+    def array(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct((*leading, *shape), dtype, sharding=sharding)
 
     tokens, targets, weights = (array(dtype, parts * each) for dtype in (jnp.int32, jnp.int32, jnp.float32))
