@@ -162,12 +162,11 @@ def parse_topology(name: str) -> Topology:
 def _check_slice(topology: Topology) -> None:
     chip = topology.chip
     assert chip is not None
-    if chip.dimensions == 2:
-        exists = tuple(sorted(topology.shape)) in _SLICES[2]
-        there_are = ", ".join("x".join(map(str, shape)) for shape in _SLICES[2])
-    else:
-        # Up to 4x4x4, a cube, a slice may be narrower; larger ones are made of cubes.
-        exists = all(size in (1, 2, 4) or size % 4 == 0 for size in topology.shape) and topology.n_chips <= _LARGEST_3D
-        there_are = f"those of dimensions 1, 2, 4 and multiples of 4, as 2x2x4 and 4x4x8, up to {_LARGEST_3D:,} chips"
+    # Other shapes, sides exchanged among them, make the compiler abort.
+    exists = topology.shape in _SLICES[chip.dimensions]
+    there_are = ", ".join("x".join(map(str, shape)) for shape in _SLICES[chip.dimensions])
+    if chip.dimensions == 3:
+        exists = exists or (all(size % 4 == 0 for size in topology.shape) and topology.n_chips <= _LARGEST_3D)
+        there_are += f" and others of multiples of 4, up to {_LARGEST_3D:,} chips"
     if not exists:
         raise ValueError(f"There is no topology {topology.name}. Of {chip.name} there are {there_are}.")

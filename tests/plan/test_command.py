@@ -92,10 +92,13 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 def test_the_compiler_is_quiet_in_a_bare_environment() -> None:
     """What libtpu wants of the environment the command sees to itself."""
     bare = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "ALLOW_", "JAX_"))}
-    command = [sys.executable, "-m", "maxlike", "plan", "--topology", "v5e:1x3"]
-    done = subprocess.run(command, env=bare, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "maxlike", "plan", "--topology"]
+    done = subprocess.run([*command, "v5e:1x3"], env=bare, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("maxlike: There is no topology v5e:1x3") and done.stderr.count("\n") == 1
+    small = ["--max-num-seqs", "1", "--max-num-batched-tokens", "16", "--max-model-len", "64"]
+    done = subprocess.run([*command, "v5e:1x1", *small], env=bare, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_no_accelerator_is_started() -> None:
