@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests:  bash scripts/test.sh [pytest arguments]
-# Without arguments, all but the slow ones, on all cores; `-m ""` runs everything. The first time, it makes .venv and installs
-# into it.
+# Without arguments, all but the slow ones, on all cores; `-m ""` runs everything. The first time, it makes .venv and
+# installs into it.
 set -euo pipefail
 # shellcheck source=scripts/_environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"

@@ -3,7 +3,8 @@
 #   TPU=my-v5e-16 ZONE=us-west4-a bash scripts/train_tpu_pod.sh CONFIG.yaml [flags of `maxlike train`]
 #
 # Each host gets this repository (what is committed of it) and the configuration, makes its .venv, and runs the same
-# command; JAX finds the other hosts by itself. Output folder and data must be the same for all: a bucket mounted with gcsfuse, or NFS.
+# command; JAX finds the other hosts by itself. Output folder and data must be the same for all: a bucket mounted with
+# gcsfuse, or NFS.
 # To stop, interrupt this script; run again, it goes on from the newest checkpoint.
 set -euo pipefail
 : "${TPU:?name the TPU, TPU=...}" "${ZONE:?and its zone, ZONE=...}"

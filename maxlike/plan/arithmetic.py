@@ -98,8 +98,8 @@ class Shapes:
         return self.config.tie_word_embeddings
 
     def _used(self) -> Iterator[tuple[Parameter, bool]]:
-        """The parameters that a step uses whole, and whether it is the head's: all but the
-        embedding's, of which a step needs few rows."""
+        """The parameters that a step uses whole, and whether it is the head's: all but the embedding's, of which a
+        step needs few rows."""
         for parameter in self.parameters:
             head = parameter.name.startswith("embedding." if self.tied else "output.")
             if head or not parameter.name.startswith("embedding."):

@@ -38,7 +38,7 @@ def add_command(commands: Any, embedded_model: str) -> None:
     where.add_argument("--sweep", nargs="+", metavar="NAME", help="rank all meshes of these topologies, or of all "
                        "slices of a chip up to 64 (v6e), by what a chip yields")
     parser.add_argument("--tp", type=int, metavar="N", help="tensor-parallel size; default: as many devices as the "
-                        "heads allow, with --train 1")
+                        "heads allow, with --train 1, with --sweep every size")
     parser.add_argument("--data", type=int, metavar="N", help="replicas; with --train the data axis of the mesh "
                         "(default 1)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the checkpoint's; with --train "
@@ -105,9 +105,6 @@ def _run(args: argparse.Namespace) -> int:
         return 0 if found.fits else 1
     if args.data is not None and not args.train:
         raise ValueError("--sweep tries every number of replicas: leave --data out.")
-    if args.train and (args.tp is not None or args.fsdp is not None):
-        raise ValueError("--sweep tries every tensor-parallel size of training, and --fsdp is what that leaves: leave "
-                         f"{'--fsdp' if args.tp is None else '--tp'} out.")
     if args.plot is not None:
         check_plot(args.plot)
     plans = sweep(args.model, args.sweep, options, compile=args.compile)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from maxlike.engine.config import EngineConfig
 from maxlike.mesh import check_tensor_parallel_size, tensor_parallel_sizes
 from maxlike.models.config import TransformerConfig
 from maxlike.nn.kv_cache import as_cache_dtype
 from maxlike.plan.chips import Topology
-from maxlike.train.step import StepConfig
+from maxlike.train.optimizer import OptimizerName
+from maxlike.train.step import ComputeDtype, Remat, StepConfig
 
 LONGEST_CONTEXT = 4096
 """Tokens that sequences are taken to have while they are decoded, where nothing is said and the model takes so many."""
-Optimizer = Literal["adamw", "adafactor", "lion", "muon", "sgd"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Training:
     """How a model is trained.
 
     Args:
-        tp: tensor-parallel size.
+        tp: tensor-parallel size; 1, and in a sweep each that there is.
         data: copies of everything, each with its part of a batch.
         fsdp: parts into which weights, optimizer and batch are cut; what the others leave.
         tokens_per_batch: over all devices; 4,096 for each part that a batch is cut into. A step takes `accumulation`
@@ -67,21 +67,21 @@ class Training:
         ValueError: a number is below 1, or a name is not known.
     """
 
-    tp: int = 1
+    tp: int | None = None
     data: int = 1
     fsdp: int | None = None
     tokens_per_batch: int | None = None
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    remat: Literal["none", "full", "dots"] = "full"
+    dtype: ComputeDtype = "bfloat16"
+    remat: Remat = "full"
     accumulation: int = 1
-    optimizer: Optimizer = "adamw"
+    optimizer: OptimizerName = "adamw"
     lora_rank: int | None = None
 
     def __post_init__(self) -> None:
         _check_positive(self, "tp", "data", "fsdp", "tokens_per_batch", "lora_rank")
         self.step  # noqa: B018  refuses what is wrong with it
-        if self.optimizer not in get_args(Optimizer):
-            raise ValueError(f"optimizer must be one of {', '.join(get_args(Optimizer))}; got {self.optimizer!r}.")
+        if self.optimizer not in get_args(OptimizerName):
+            raise ValueError(f"optimizer must be one of {', '.join(get_args(OptimizerName))}; got {self.optimizer!r}.")
 
     @property
     def step(self) -> StepConfig:
@@ -94,9 +94,10 @@ class Training:
         Raises:
             ValueError: the sizes do not multiply to the devices, or the batch cannot be cut so.
         """
-        fsdp = self.fsdp or max(1, n_devices // (self.data * self.tp))
-        if self.data * fsdp * self.tp != n_devices:
-            raise ValueError(f"data {self.data} x fsdp {fsdp} x tp {self.tp} does not use the {n_devices} devices; the "
+        tp = self.tp or 1
+        fsdp = self.fsdp or max(1, n_devices // (self.data * tp))
+        if self.data * fsdp * tp != n_devices:
+            raise ValueError(f"data {self.data} x fsdp {fsdp} x tp {tp} does not use the {n_devices} devices; the "
                              "product must be their number.")
         parts = self.data * fsdp
         if self.tokens_per_batch is not None and self.tokens_per_batch % parts:

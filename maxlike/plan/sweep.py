@@ -25,22 +25,18 @@ def sweep(model: str | os.PathLike[str] | TransformerConfig, topologies: Sequenc
           options: Options | None = None, *, compile: bool = False, **changes: Any) -> list[Plan]:
     """Plans of every mesh of some topologies, the best first: those that fit, by tokens a second and chip.
 
-    In serving each topology is cut into replicas of every tensor-parallel size that there is, or of `tp` alone; in
-    training into the tensor-parallel sizes, `fsdp` being what they leave.
+    Each topology is cut by every tensor-parallel size that there is, or by `tp` alone: in serving into replicas of
+    that size, in training with `data` as it is given and `fsdp` as it is, or what the others leave.
 
     Args:
-        model, options, changes: as `plan` has them; `data` of serving is not looked at, and `tp` and `fsdp` of
-            training are left out.
+        model, options, changes: as `plan` has them; `data` of serving is not looked at.
         topologies: names of them, but not CPUs; or of chips: the slices of those that are sold, up to 64 chips.
         compile: have TPU programs compiled, a minute or so for each mesh, in place of arithmetic.
 
     Raises:
-        ValueError: as `plan`; no mesh of these topologies suits the model; or an option says what a sweep tries.
+        ValueError: as `plan`; no mesh of these topologies suits the model.
     """
     options = changed(options or Serving(), **changes)
-    if isinstance(options, Training) and (options.tp != 1 or options.fsdp is not None):
-        raise ValueError(f"In training a sweep tries every tensor-parallel size, and fsdp is what that leaves; got tp "
-                         f"{options.tp} and fsdp {options.fsdp}: leave both out, or plan a single topology.")
     name, config = described(model)
     if options.tp is not None:
         check_heads(config, options.tp)
@@ -131,19 +127,21 @@ def _slices(chip: Chip) -> list[Topology]:
 
 
 def _meshes(config: TransformerConfig, topology: Topology, options: Options) -> Iterator[Options]:
-    if isinstance(options, Training):
-        for tp in legal_sizes(config, topology.n_devices):
-            if topology.n_devices % (tp * options.data) == 0:
+    n_devices = topology.n_devices
+    for tp in legal_sizes(config, n_devices) if options.tp is None else [options.tp]:
+        if n_devices % tp:
+            continue
+        if isinstance(options, Training):
+            fsdp = options.fsdp or n_devices // (tp * options.data)
+            if options.data * fsdp * tp == n_devices:
                 yield replace(options, tp=tp)
-        return
-    for tp in legal_sizes(config, topology.n_devices) if options.tp is None else [options.tp]:
-        if topology.n_devices % tp == 0 and topology.parts(topology.n_devices // tp):
-            yield replace(options, tp=tp, data=topology.n_devices // tp)
+        elif topology.parts(n_devices // tp):
+            yield replace(options, tp=tp, data=n_devices // tp)
 
 
 def _uneven(options: Options, topology: Topology) -> int:
     """Parts that a mesh would cut a batch into where they would not be equal; else 0."""
     if not isinstance(options, Training) or options.tokens_per_batch is None:
         return 0
-    parts = topology.n_devices // options.tp
+    parts = topology.n_devices // (options.tp or 1)
     return parts if options.tokens_per_batch % parts else 0

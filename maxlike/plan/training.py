@@ -49,6 +49,11 @@ class AskedTraining:
     options: Training
 
     @property
+    def tp(self) -> int:
+        """Tensor-parallel size."""
+        return self.options.tp or 1
+
+    @property
     def tokens(self) -> int:
         """Of a step."""
         _, parts = self.options.parts(self.topology.n_devices)
@@ -63,8 +68,8 @@ def compile_training(asked: AskedTraining) -> Plan:
     """
     options, topology = asked.options, asked.topology
     fsdp, _ = options.parts(topology.n_devices)
-    check_heads(asked.config, options.tp)
-    mesh = mesh_of(MeshConfig(options.data, fsdp, options.tp), asked.config, devices_of(topology))
+    check_heads(asked.config, asked.tp)
+    mesh = mesh_of(MeshConfig(options.data, fsdp, asked.tp), asked.config, devices_of(topology))
     lora = None if options.lora_rank is None else LoraConfig(options.lora_rank)
 
     def build() -> DistributedTransformer:
@@ -107,8 +112,8 @@ def reckon_training(asked: AskedTraining, known: KnownShapes, temporaries: float
     options, topology, config = asked.options, asked.topology, asked.config
     assert topology.chip is not None
     fsdp, _ = options.parts(topology.n_devices)
-    check_heads(config, options.tp)
-    sizes = mesh_sizes(config, options.tp, options.data, fsdp)
+    check_heads(config, asked.tp)
+    sizes = mesh_sizes(config, asked.tp, options.data, fsdp)
     cpu = jax.devices("cpu")[:1]
     kv_params = default_kv_params(config, Mesh(cpu, ("model",)), "bfloat16")
     frozen = options.lora_rank is not None
@@ -121,10 +126,10 @@ def reckon_training(asked: AskedTraining, known: KnownShapes, temporaries: float
         weights += 4 * trained
     T, itemsize = options.tokens_per_part(topology.n_devices), jnp.dtype(options.dtype).itemsize
     # Of each layer its input, or all that it computes; one layer's gathered weights, twice; the gradients.
-    layer = itemsize * T * (8 * config.hidden_size + 4 * config.intermediate_size // options.tp)
+    layer = itemsize * T * (8 * config.hidden_size + 4 * config.intermediate_size // asked.tp)
     kept = itemsize * T * config.hidden_size if options.remat == "full" else layer
-    gathered = 2 * itemsize * sum(p.elements(mesh_sizes(config, options.tp)) for p in matrices) // len(config.layers)
-    head = 2 * itemsize * config.vocab_size * config.hidden_size // options.tp
+    gathered = 2 * itemsize * sum(p.elements(mesh_sizes(config, asked.tp)) for p in matrices) // len(config.layers)
+    head = 2 * itemsize * config.vocab_size * config.hidden_size // asked.tp
     needed = len(config.layers) * kept + 2 * layer + gathered + head + 4 * trained + _LOGITS
     memory = Memory(topology.chip.memory, weights, 0, int(4 * trained * _MOMENTS[options.optimizer]),
                     int(needed * temporaries))

@@ -15,6 +15,8 @@ from optax.contrib import MuonDimensionNumbers, muon
 from maxlike.nn.transformer.distributed_transformer import DistributedTransformer
 from maxlike.nn.transformer.segments import named_parameters
 
+OptimizerName = Literal["adamw", "adafactor", "lion", "muon", "sgd"]
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -41,7 +43,7 @@ class OptimizerConfig:
         momentum: of sgd and muon.
     """
 
-    name: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
+    name: OptimizerName = "adamw"
     learning_rate: float = 1e-4
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_steps: int = 0

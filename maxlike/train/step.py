@@ -26,6 +26,8 @@ from maxlike.train.batch import Batch
 from maxlike.train.objective import Objective, SupervisedObjective, sequence_logprobs
 from maxlike.train.optimizer import Optimizer
 
+ComputeDtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "full", "dots"]
 Metrics = dict[str, jax.Array]
 """float32 scalars, on the device."""
 
@@ -57,8 +59,8 @@ class StepConfig:
         ValueError: a field is none of these.
     """
 
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    remat: Literal["none", "full", "dots"] = "full"
+    dtype: ComputeDtype = "bfloat16"
+    remat: Remat = "full"
     accumulation: int = 1
 
     def __post_init__(self) -> None:

@@ -79,8 +79,7 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["--topology", "h200:8", "--plot", "x.png"], "give --sweep"),
         (["--sweep", "h200:8", "--data", "2"], "leave --data out"),
         (["--sweep", "h200:8", "--plot", "x.gif"], "ends in .png"),
-        (["--sweep", "h200:8", "--train", "--tp", "1"], "leave --tp out"),
-        (["--sweep", "h200:8", "--train", "--fsdp", "8"], "leave --fsdp out"),
+        (["--sweep", "h200:8", "--train", "--tp", "2", "--fsdp", "8"], "No mesh of h200:8 suits"),
         (["--sweep", "cpu"], "--topology cpu:N"),
         (["--topology", "h200:8", "--model", str(tmp_path / "none")], "cannot be read"),
     ):

@@ -9,6 +9,7 @@ import pytest
 
 from maxlike.engine.config import EngineConfig
 from maxlike.plan import Serving, Training, plot, sweep, sweep_table
+from maxlike.plan.arithmetic import tensor_parallel
 from maxlike.plan.sweep import per_chip
 from tests.plan.known import CONFIGS
 
@@ -48,12 +49,23 @@ def test_what_cannot_be_swept_is_said() -> None:
         (["h200:8"], Serving(tp=3), "Legal sizes"),
         (["h200:8", "cpu:1"], None, "got 'cpu:1'. This machine is planned for by --topology cpu:N"),
         (["h200:8"], Serving(engine=EngineConfig(max_model_len=10**6)), "max_model_len=1000000 was asked for"),
-        (["h200:8"], Training(tp=2), "got tp 2 and fsdp None"),
-        (["h200:8"], Training(fsdp=8), "got tp 1 and fsdp 8"),
+        (["h200:8"], Training(tp=3), "Legal sizes"),
+        (["h200:8"], Training(tp=2, fsdp=8), "No mesh of h200:8 suits"),
         (["h200:8"], Training(data=8, tokens_per_batch=1001), "cut a batch into 8 parts are left out"),
     ):
         with pytest.raises(ValueError, match=says):
             sweep(CONFIGS["llama-3.1-8b"], topologies, options)
+
+
+def test_meshes_to_train_on() -> None:
+    def meshes(**given: int) -> set[tuple[int, int, int]]:
+        plans = sweep(CONFIGS["llama-3.1-8b"], ["h200:8"], Training(), **given)
+        return {(one.mesh.get("data", 1), one.mesh.get("fsdp", 1), tensor_parallel(one.mesh)) for one in plans}
+
+    assert meshes() == {(1, 8, 1), (1, 4, 2), (1, 2, 4), (1, 1, 8)}
+    assert meshes(tp=2) == {(1, 4, 2)} and meshes(tp=1) == {(1, 8, 1)}
+    assert meshes(fsdp=2) == {(1, 2, 4)} and meshes(data=2) == {(2, 4, 1), (2, 2, 2), (2, 1, 4)}
+    assert meshes(data=2, fsdp=2) == {(2, 2, 2)}
 
 
 def test_a_compiler_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
